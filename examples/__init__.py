@@ -1,0 +1,1 @@
+"""Worlds to try LogitLake in; each folder has its own README."""

@@ -1,0 +1,16 @@
+"""What both services use: the lake and the rules that teacher and student must share.
+
+errors        one tree of errors
+config        strict configuration trees from TOML and dotted overrides
+alignment     which position predicts which token; decided here and nowhere else
+rendering     how a conversation becomes prompt and response token ids
+data_formats  LLaVA JSON and RLAIF-V Parquet, read and checked
+images        guarded decoding, and pixels as the checkpoint's own processor makes them
+topk          the top-k codec: grid, adaptive k, tail mass, stored error
+store         objects in a folder, in memory or in an object store, behind one interface
+shards        rows <-> Parquet bytes
+lake          caches, units, commit records, snapshots
+reader        map-style datasets over one snapshot
+catalog       the DuckDB index and SQL views
+cli           the `logitlake` command
+"""

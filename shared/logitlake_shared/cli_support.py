@@ -1,0 +1,107 @@
+"""What the three command lines share: one way to fail, one way to show progress, common options.
+
+A `LogitLakeError` ends a command with one message on stderr and exit code 2; anything else is our fault and keeps
+its traceback. Progress is a live bar on a terminal and one line for each tenth of the work elsewhere, so that the
+log of a batch job shows life too.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from logitlake_shared.errors import LogitLakeError
+
+__all__ = ["config_command", "progress", "run_cli"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+Advance = Callable[..., None]
+
+
+def run_cli(command: click.Command) -> None:
+    """Runs a click command as a process: exit code 0, 1 (ours), 2 (the user's), 130 (interrupted)."""
+    try:
+        command(standalone_mode=True)
+    except LogitLakeError as error:
+        click.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        click.echo(str(error), err=True)
+        sys.exit(2)
+
+
+def config_command(function: F) -> F:
+    """Gives a click command the arguments `config` (a TOML file) and `overrides`, and the flag `--dry-run`."""
+    function = click.option("--dry-run", is_flag=True, help="Print the resolved configuration and stop.")(function)
+    function = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")(function)
+    return click.argument("config", type=Path, metavar="CONFIG.toml")(function)
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
+    """Yields `advance(n, **figures)`; the figures (e.g. `errors=2`) are shown beside count, rate and time left."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from _bar(console, description, total, unit)
+    else:
+        yield from _lines(description, total, unit)
+
+
+def _bar(console: Any, description: str, total: int, unit: str) -> Iterator[Advance]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit + " {task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=total, figures="")
+        meter = _Meter()
+
+        def advance(n: int = 1, **figures: object) -> None:
+            bar.update(task, advance=n, figures=meter.text(n, figures))
+
+        yield advance
+
+
+def _lines(description: str, total: int, unit: str) -> Iterator[Advance]:
+    meter = _Meter()
+    step = max(total // 10, 1)
+    done = shown = 0
+
+    def advance(n: int = 1, **figures: object) -> None:
+        nonlocal done, shown
+        done += n
+        text = meter.text(n, figures)
+        if done - shown >= step or done >= total:
+            shown = done
+            click.echo(f"{description}: {done}/{total} {unit} {text}", err=True)
+
+    yield advance
+
+
+class _Meter:
+    def __init__(self) -> None:
+        self._start, self._done = time.monotonic(), 0
+
+    def text(self, n: int, figures: dict[str, object]) -> str:
+        self._done += n
+        rate = self._done / max(time.monotonic() - self._start, 1e-9)
+        shown = "".join(f" {key}={value}" for key, value in figures.items())
+        return f"{rate:.3g}/s{shown}"

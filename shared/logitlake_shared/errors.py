@@ -1,0 +1,87 @@
+"""Every error that a user of LogitLake can meet, as one tree.
+
+    LogitLakeError
+    ├── ConfigError (ValueError)          a configuration file or override
+    ├── DataError (ValueError)            input data: a record, a line, a field
+    │   └── ImageError                    an image that cannot be used
+    ├── LakeError                         the lake
+    │   ├── LakeFormatError               a document or shard of another format, or not a lake at all
+    │   ├── LakeCorruptError              bytes that are not the bytes that were committed
+    │   ├── LakeConflictError             somebody else committed something different
+    │   ├── FingerprintMismatchError      two things that do not belong together
+    │   └── QueryError (ValueError)       a SQL question that cannot be answered
+    ├── EngineError (RuntimeError)        a teacher engine
+    ├── TrainingError (RuntimeError)      the student trainer
+    └── ExportError (RuntimeError)        an exported student that is not what was trained
+
+A message says what is wrong, where, what was expected, what was got and what to do. No class has an `__init__` of
+its own: Ray pickles exceptions, and a constructor with other arguments does not survive that.
+"""
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "EngineError",
+    "ExportError",
+    "FingerprintMismatchError",
+    "ImageError",
+    "LakeConflictError",
+    "LakeCorruptError",
+    "LakeError",
+    "LakeFormatError",
+    "LogitLakeError",
+    "QueryError",
+    "TrainingError",
+]
+
+
+class LogitLakeError(Exception):
+    """Anything that LogitLake can explain to its user."""
+
+
+class ConfigError(LogitLakeError, ValueError):
+    """A configuration that cannot be used."""
+
+
+class DataError(LogitLakeError, ValueError):
+    """Input data that cannot be used."""
+
+
+class ImageError(DataError):
+    """An image that cannot be used. The message begins with its code and a colon, e.g. `image_decode: …`."""
+
+
+class LakeError(LogitLakeError):
+    """Something about the lake."""
+
+
+class LakeFormatError(LakeError):
+    """Not a lake, or one of a format that this release does not read."""
+
+
+class LakeCorruptError(LakeError):
+    """Committed bytes that are missing or changed."""
+
+
+class LakeConflictError(LakeError):
+    """Another publisher committed something different under the same name."""
+
+
+class FingerprintMismatchError(LakeError):
+    """A cache, a teacher or a student that do not belong together. The message names the field that differs."""
+
+
+class QueryError(LakeError, ValueError):
+    """A SQL statement that failed or is not allowed."""
+
+
+class EngineError(LogitLakeError, RuntimeError):
+    """A teacher engine that cannot go on."""
+
+
+class TrainingError(LogitLakeError, RuntimeError):
+    """A training run that cannot go on."""
+
+
+class ExportError(LogitLakeError, RuntimeError):
+    """An exported checkpoint that does not reproduce the trained student."""

@@ -1,0 +1,106 @@
+"""Guarded image decoding, and pixels exactly as the checkpoint's own processor makes them.
+
+An image is checked before it is decoded (bytes, format, pixels, frames), so that a decompression bomb costs nothing;
+what cannot be used raises `ImageError` with a code. There is no fallback: never a black image, never another one.
+Both the hf teacher and the student take their `pixel_values` from `PixelLoader`, which runs the image processor
+saved with the checkpoint on its PIL path (no torchvision needed).
+"""
+
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from logitlake_schemas import fingerprint, sha256_hex
+from logitlake_shared.errors import ConfigError, ImageError
+from logitlake_shared.rows import LakeImage
+
+__all__ = ["PixelLoader", "decode_image", "image_processor_sha256", "inspect_image", "load_pixels"]
+
+MAX_BYTES = 32 * 2**20
+MAX_PIXELS = 64 * 10**6
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# Where transformers looks for an image processor's configuration, newest name first.
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """The image as RGB, rotated as its EXIF orientation says (transformers' `load_image` does the same).
+
+    Raises `ImageError`: `image_too_large`, `image_format`, `image_animated`, `image_decode`.
+    """
+    try:
+        with _open(data) as image:
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, … on broken files
+        raise ImageError(f"image_decode: {error}") from error
+
+
+def inspect_image(data: bytes) -> LakeImage:
+    """The image's row for the lake, from its header. Raises `ImageError` as `decode_image` does."""
+    with _open(data) as image:
+        return LakeImage(sha256_hex(data), str(image.format), image.width, image.height, data)
+
+
+def image_processor_sha256(model_dir: Path) -> str | None:
+    """Digest of the checkpoint's image processor configuration; None for a text-only checkpoint."""
+    for name in _PROCESSOR_FILES:
+        if (model_dir / name).is_file():
+            document = json.loads((model_dir / name).read_text(encoding="utf-8"))
+            return fingerprint(document.get("image_processor", document))
+    return None
+
+
+class PixelLoader:
+    """Encoded images to `pixel_values_NCHW` (float32), by the image processor saved with a checkpoint."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __call__(self, images: Sequence[bytes]) -> npt.NDArray[np.float32]:
+        """Raises `ImageError` as `decode_image` does."""
+        decoded = [decode_image(data) for data in images]
+        pixels: npt.NDArray[np.float32] = self._processor(decoded, return_tensors="np")["pixel_values"]
+        return np.asarray(pixels, np.float32)
+
+
+def load_pixels(model_dir: Path) -> PixelLoader:
+    """The pixel loader of a checkpoint. Raises `ConfigError` when it has no image processor."""
+    from transformers import AutoImageProcessor
+
+    if image_processor_sha256(model_dir) is None:
+        raise ConfigError(
+            f"{model_dir}: no image processor: expected one of {', '.join(_PROCESSOR_FILES)}; copy it from the "
+            "checkpoint the vision tower came from"
+        )
+    return PixelLoader(AutoImageProcessor.from_pretrained(model_dir, backend="pil"))
+
+
+def _open(data: bytes) -> Image.Image:
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"image_too_large: {len(data)} bytes, at most {MAX_BYTES} are read")
+    try:
+        with warnings.catch_warnings():
+            # Our own cap below is the tighter one, and it is an error.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"image_too_large: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"image_format: not one of {', '.join(FORMATS)}, or damaged at its start") from error
+    except Exception as error:  # a broken header raises whatever its plugin raises
+        raise ImageError(f"image_decode: {error}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"image_too_large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
+    if getattr(image, "n_frames", 1) != 1:
+        raise ImageError(f"image_animated: {getattr(image, 'n_frames', 1)} frames, expected a single image")
+    return image

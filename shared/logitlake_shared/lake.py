@@ -1,0 +1,287 @@
+"""A lake: caches, units, commit records and snapshots.
+
+Promises: a unit is committed by the creation of one object, its commit record, after everything the record names is
+durable; of two publishers of a unit exactly one wins and the other learns it; a unit published twice is one unit;
+what a snapshot names never changes. So a writer may be killed anywhere: at worst a shard lies in the lake that no
+record names, and the unit is done again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+from pydantic import ValidationError
+
+from logitlake_schemas import (
+    FORMAT_VERSION,
+    CaptureSpec,
+    CommitRecord,
+    LakeManifest,
+    ShardEntry,
+    ShardKind,
+    Snapshot,
+    StoredError,
+    UnitError,
+    layout,
+    sha256_hex,
+)
+from logitlake_schemas.records import Record
+from logitlake_shared.errors import (
+    FingerprintMismatchError,
+    LakeConflictError,
+    LakeCorruptError,
+    LakeError,
+    LakeFormatError,
+)
+from logitlake_shared.rows import (
+    LakeImage,
+    LakePair,
+    LakeSample,
+    images_to_table,
+    pairs_to_table,
+    samples_to_table,
+)
+from logitlake_shared.shards import read_shard, write_shard
+from logitlake_shared.store import ObjectStore, open_store
+
+__all__ = ["Cache", "Lake", "UnitResult", "spec_differences"]
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What capturing one unit gave: rows of the cache's kind, their images, and the samples that failed."""
+
+    unit: str
+    samples: Sequence[LakeSample] = ()
+    pairs: Sequence[LakePair] = ()
+    images: Sequence[LakeImage] = ()
+    errors: Sequence[UnitError] = ()
+    stored_error: StoredError | None = None
+
+
+@dataclass(frozen=True)
+class Lake:
+    """A lake in a folder or an object store. `open` refuses what is not a lake; `create` makes one or opens it."""
+
+    store: ObjectStore
+
+    @classmethod
+    def create(cls, uri: str | Path) -> "Lake":
+        """The lake at `uri`, made if nothing is there."""
+        store = open_store(uri)
+        store.put_new(layout.LAKE_MANIFEST, LakeManifest().to_bytes())
+        return cls.of(store)
+
+    @classmethod
+    def open(cls, uri: str | Path) -> "Lake":
+        """The lake at `uri`. Raises `LakeFormatError` when there is none."""
+        if "://" not in str(uri) and not Path(uri).is_dir():
+            raise LakeFormatError(f"{uri}: no such folder; a lake is made by `logitlake-teacher capture`")
+        return cls.of(open_store(uri))
+
+    @classmethod
+    def of(cls, store: ObjectStore) -> "Lake":
+        """The lake in an open store."""
+        data = store.get(layout.LAKE_MANIFEST)
+        if data is None:
+            raise LakeFormatError(f"{store.uri}: not a lake: {layout.LAKE_MANIFEST} is missing")
+        _parse(LakeManifest, data, f"{store.uri}/{layout.LAKE_MANIFEST}")
+        return cls(store)
+
+    def cache_names(self) -> list[str]:
+        """The caches of the lake, sorted."""
+        names = self.store.names(layout.cache_names_prefix())
+        return sorted({name.split("/")[1] for name in names if name == layout.spec_path(name.split("/")[1])})
+
+    def create_cache(self, name: str, spec: CaptureSpec) -> "Cache":
+        """The cache `name` with this spec, made if it is not there.
+
+        Raises `FingerprintMismatchError` naming every field that differs when it is there with another spec.
+        """
+        if not layout.valid_name(name):
+            raise LakeError(
+                f"cache name {name!r}: expected at most 100 letters, digits and `._-`, the first a letter or digit"
+            )
+        if not self.store.put_new(layout.spec_path(name), spec.to_bytes()):
+            differences = spec_differences(self.cache(name).spec, spec)
+            if differences:
+                raise FingerprintMismatchError(
+                    f"{self.store.uri}: cache {name!r} was captured with another spec: {'; '.join(differences)}. "
+                    "Capture into a cache of another name, or restore what was used before"
+                )
+        return self.cache(name)
+
+    def cache(self, name: str) -> "Cache":
+        """The cache `name`. Raises `LakeError` naming the caches there are when there is no such cache."""
+        data = self.store.get(layout.spec_path(name)) if layout.valid_name(name) else None
+        if data is None:
+            known = ", ".join(self.cache_names()) or "none yet"
+            raise LakeError(f"{self.store.uri}: no cache {name!r}; caches in this lake: {known}")
+        return Cache(self.store, name, _parse(CaptureSpec, data, f"{self.store.uri}/{layout.spec_path(name)}"))
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One capture of one dataset by one teacher."""
+
+    store: ObjectStore
+    name: str
+    spec: CaptureSpec
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fingerprint", self.spec.fingerprint)
+
+    def publish_unit(self, result: UnitResult) -> CommitRecord:
+        """Writes the unit's shards, then its commit record. Idempotent.
+
+        Returns the record that counts: this one, or the equal one of an earlier publisher. Raises `LakeError` when
+        the stored error is over the spec's budget, `LakeConflictError` when another publisher committed other content.
+        """
+        self._check_budget(result)
+        shards: list[ShardEntry] = []
+        if result.samples:
+            tokens = sum(len(sample.response_ids) for sample in result.samples)
+            shards.append(self._put_shard("samples", result.unit, samples_to_table(result.samples), tokens))
+        if result.pairs:
+            tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in result.pairs)
+            shards.append(self._put_shard("pairs", result.unit, pairs_to_table(result.pairs), tokens))
+        if result.images:
+            shards.append(self._put_shard("images", result.unit, images_to_table(result.images), 0))
+        record = CommitRecord(
+            cache=self.name,
+            unit=result.unit,
+            spec_fingerprint=self.fingerprint,
+            shards=tuple(shards),
+            errors=tuple(result.errors),
+            stored_error=result.stored_error,
+        )
+        if self.store.put_new(layout.commit_path(self.name, result.unit), record.to_bytes()):
+            return record
+        committed = self.commit(result.unit)
+        if committed != record:
+            raise LakeConflictError(
+                f"{self.store.uri}: unit {result.unit} of cache {self.name!r} is committed with other content; this "
+                "publisher's result is discarded. The teacher is not deterministic on this machine, or two versions "
+                "of it write to one cache"
+            )
+        return committed
+
+    def committed_units(self) -> set[str]:
+        """The units that have a commit record; resume is the plan minus these."""
+        return {layout.unit_of_commit(name) for name in self.store.names(layout.commits_prefix(self.name))}
+
+    def commit(self, unit: str) -> CommitRecord:
+        """The commit record of a unit."""
+        path = layout.commit_path(self.name, unit)
+        data = self.store.get(path)
+        if data is None:
+            raise LakeError(f"{self.store.uri}: unit {unit} of cache {self.name!r} is not committed")
+        record = _parse(CommitRecord, data, f"{self.store.uri}/{path}")
+        if record.spec_fingerprint != self.fingerprint:
+            raise FingerprintMismatchError(
+                f"{self.store.uri}/{path}: written for spec {record.spec_fingerprint}, expected {self.fingerprint}; "
+                "the record belongs to another cache"
+            )
+        return record
+
+    def snapshot(self) -> Snapshot:
+        """Pins all units committed now as the next snapshot; the newest one again when nothing came since."""
+        commits = tuple(self.commit(unit) for unit in sorted(self.committed_units()))
+        while True:
+            newest = self._newest_snapshot_number()
+            if newest:
+                latest = self.open_snapshot(newest)
+                if latest.commits == commits:
+                    return latest
+            snapshot = Snapshot(cache=self.name, number=newest + 1, spec_fingerprint=self.fingerprint, commits=commits)
+            if self.store.put_new(layout.snapshot_path(self.name, snapshot.number), snapshot.to_bytes()):
+                return snapshot
+
+    def has_snapshot(self) -> bool:
+        """Whether there is anything for a reader to pin."""
+        return self._newest_snapshot_number() > 0
+
+    def open_snapshot(self, number: int | None = None) -> Snapshot:
+        """Snapshot `number`, or the newest. Raises `LakeError` when there is none."""
+        wanted = self._newest_snapshot_number() if number is None else number
+        path = layout.snapshot_path(self.name, wanted)
+        data = self.store.get(path) if wanted > 0 else None
+        if data is None:
+            raise LakeError(
+                f"{self.store.uri}: cache {self.name!r} has no snapshot {number or ''}".rstrip()
+                + "; let the capture finish (run it again: it resumes), which makes one"
+            )
+        return _parse(Snapshot, data, f"{self.store.uri}/{path}")
+
+    def read(self, entry: ShardEntry, columns: list[str] | None = None) -> pa.Table:
+        """The rows of a committed shard, its length and sha256 verified. Raises `LakeCorruptError`."""
+        where = f"{self.store.uri}/{entry.path}"
+        data = self.store.get(entry.path)
+        if data is None:
+            raise LakeCorruptError(f"{where}: committed but missing; restore it, or capture its unit into a new cache")
+        if len(data) != entry.bytes or sha256_hex(data) != entry.sha256:
+            raise LakeCorruptError(
+                f"{where}: expected {entry.bytes} bytes with sha256 {entry.sha256}, got {len(data)} bytes with "
+                f"{sha256_hex(data)}; restore the file from a copy"
+            )
+        return read_shard(data, where, columns)
+
+    def _put_shard(self, kind: ShardKind, unit: str, table: pa.Table, tokens: int) -> ShardEntry:
+        data = write_shard(table, kind, self.name, unit, self.fingerprint)
+        digest = sha256_hex(data)
+        name = layout.image_shard_path if kind == "images" else layout.shard_path
+        path = name(self.name, unit, digest)
+        # The name carries the content: where it is taken, the same bytes are there already.
+        self.store.put_new(path, data)
+        return ShardEntry(kind=kind, path=path, sha256=digest, bytes=len(data), rows=table.num_rows, tokens=tokens)
+
+    def _check_budget(self, result: UnitResult) -> None:
+        budget = self.spec.codec.max_mean_kl
+        if result.stored_error is not None and result.stored_error.kl_mean > budget:
+            raise LakeError(
+                f"unit {result.unit}: storing it costs {result.stored_error.kl_mean:.2e} nats a token, over the budget "
+                f"of {budget:.2e}; set codec.grid=exact or raise codec.max_mean_kl"
+            )
+
+    def _newest_snapshot_number(self) -> int:
+        names = self.store.names(layout.snapshots_prefix(self.name))
+        return layout.snapshot_number(names[-1]) if names else 0
+
+
+def spec_differences(old: CaptureSpec, new: CaptureSpec) -> list[str]:
+    """One sentence for each field that differs, e.g. `engine.dtype: float32 there, bfloat16 here`."""
+    there, here = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [
+        f"{key}: {there.get(key)} there, {here.get(key)} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+
+
+def _flat(document: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in document.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _parse(cls: type[AnyRecord], data: bytes, where: str) -> AnyRecord:
+    try:
+        record = cls.model_validate_json(data)
+    except ValidationError as error:
+        problems = "; ".join(f"{problem['loc']}: {problem['msg']}" for problem in error.errors()[:3])
+        raise LakeFormatError(f"{where}: not a {cls.__name__} of format {FORMAT_VERSION}: {problems}") from None
+    version = getattr(record, "format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise LakeFormatError(
+            f"{where}: format version {version}, this release reads {FORMAT_VERSION}; use the release that wrote it"
+        )
+    return record

@@ -1,0 +1,143 @@
+"""How a conversation becomes token ids, for teacher and student alike.
+
+The prompt is the chat template's text up to and including the generation prompt. A response is tokenised alone and
+closed by EOS: its ids do not depend on what stands before it, so the same ids can be forced on the teacher and
+learned by the student, and a generated answer has the ids that a cached one has. The rule has a name and a version
+(`RENDERER`), which is part of a capture's fingerprint together with the token map and the template.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from logitlake_schemas import TokenizerIdentity, fingerprint, sha256_hex
+from logitlake_shared.errors import ConfigError, DataError
+
+__all__ = ["RENDERER", "Rendered", "Renderer"]
+
+RENDERER = "template-prompt+lone-response+eos/1"
+
+Int32 = npt.NDArray[np.int32]
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as ids: prompt segments and responses, alternating, with one placeholder an image."""
+
+    prompt_ids: Int32
+    prompt_lengths: Int32
+    response_ids: Int32
+    response_lengths: Int32
+
+
+class Renderer:
+    """Renders with the tokenizer and chat template saved in `model_dir`. Raises `ConfigError` when they are missing."""
+
+    def __init__(self, model_dir: Path) -> None:
+        from transformers import AutoTokenizer
+
+        if not model_dir.is_dir():
+            raise ConfigError(f"{model_dir}: no such model folder")
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{model_dir}: no tokenizer that transformers can load: {error}") from error
+        if not self._tokenizer.chat_template:
+            raise ConfigError(f"{model_dir}: the tokenizer has no chat template; add chat_template.jinja")
+        if self._tokenizer.eos_token_id is None:
+            raise ConfigError(f"{model_dir}: the tokenizer names no EOS token, which closes every response")
+        self.eos_id = int(self._tokenizer.eos_token_id)
+        pad_id = self._tokenizer.pad_token_id
+        self.pad_id = self.eos_id if pad_id is None else int(pad_id)
+        self.vocab_size = len(self._tokenizer)
+        self.image_token_id = _image_token_id(model_dir)
+
+    def render(self, messages: Messages) -> Rendered:
+        """The whole conversation. Raises `DataError` unless it ends with an assistant turn and turns alternate."""
+        prompts: list[list[int]] = []
+        responses: list[list[int]] = []
+        text_so_far = ""
+        for end, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            text = self._prompt_text(messages[:end])
+            if not text.startswith(text_so_far):
+                raise DataError(
+                    "the chat template does not write a finished assistant turn as its text and EOS, so that turn "
+                    f"{end} cannot follow; expected the prompt to begin with {text_so_far[-40:]!r}"
+                )
+            response = _text(message["content"])
+            prompts.append(self._ids(text.removeprefix(text_so_far)))
+            responses.append([*self._ids(response), self.eos_id])
+            text_so_far = text + response + str(self._tokenizer.eos_token)
+        if not responses or messages[-1]["role"] != "assistant":
+            raise DataError("the conversation does not end with an assistant turn; there is nothing to learn from it")
+        return Rendered(
+            prompt_ids=np.array([token for ids in prompts for token in ids], np.int32),
+            prompt_lengths=np.array([len(ids) for ids in prompts], np.int32),
+            response_ids=np.array([token for ids in responses for token in ids], np.int32),
+            response_lengths=np.array([len(ids) for ids in responses], np.int32),
+        )
+
+    def render_prompt(self, messages: Messages) -> Int32:
+        """The ids of a conversation that waits for the assistant: history and generation prompt."""
+        text = self._prompt_text(messages)
+        return np.array(self._ids(text), np.int32)
+
+    def render_response(self, text: str) -> Int32:
+        """The ids of one response, EOS included."""
+        return np.array([*self._ids(text), self.eos_id], np.int32)
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """The text of response ids, special tokens left out, surrounding blanks stripped."""
+        text: str = self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+        return text.strip()
+
+    def token(self, token_id: int) -> str:
+        """The text of one token, special tokens shown by name."""
+        text: str = self._tokenizer.decode([token_id])
+        return text
+
+    def identity(self) -> TokenizerIdentity:
+        """What a lake's fingerprint holds of this tokenizer."""
+        return TokenizerIdentity(
+            token_map_sha256=fingerprint(self._tokenizer.get_vocab()),
+            chat_template_sha256=sha256_hex(str(self._tokenizer.chat_template).encode()),
+            renderer=RENDERER,
+            vocab_size=self.vocab_size,
+            eos_id=self.eos_id,
+            image_token_id=self.image_token_id,
+        )
+
+    def _prompt_text(self, messages: Messages) -> str:
+        if not messages or messages[-1]["role"] != "user":
+            raise DataError("an assistant turn must follow a user turn")
+        text: str = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+        return text
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _image_token_id(model_dir: Path) -> int | None:
+    path = model_dir / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    token = config.get("image_token_id", config.get("image_token_index"))
+    return None if token is None else int(token)

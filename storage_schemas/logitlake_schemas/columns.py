@@ -1,0 +1,119 @@
+"""Every column that a lake persists, declared once.
+
+From this declaration come the Arrow schema of the shards, the SQL views, the checks on what is read, and the table
+in `docs/format.md`; a golden test pins it. Adding a nullable column keeps the format version, anything else raises it.
+
+Grain says what one value stands for: the row, one response token, or one cached entry of a token's top-k. Lists of
+grain `token` have one element for each response token, in order; lists of grain `topk` are the tokens' entries one
+after the other, `k[t]` of them for token t, so that plain SQL can slice them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+__all__ = ["IMAGE_COLUMNS", "PAIR_COLUMNS", "SAMPLE_COLUMNS", "Column", "Grain", "arrow_schema"]
+
+Grain = Literal["row", "token", "topk"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One persisted column: its name, Arrow type, grain and meaning. No column is nullable unless it says so."""
+
+    name: str
+    type: pa.DataType
+    grain: Grain
+    doc: str
+    nullable: bool = False
+
+
+def _list(element: pa.DataType) -> pa.DataType:
+    # NOT NULL elements decode 20-30 % faster than nullable ones (docs/decisions/0002-lake-format.md).
+    return pa.list_(pa.field("element", element, nullable=False))
+
+
+_ORIGIN = (
+    Column("task", pa.string(), "row", "task name given by the data source, e.g. `caption`"),
+    Column("source", pa.string(), "row", "name of the data source"),
+    Column("split", pa.string(), "row", "`train`, `test`, … as the data source names it"),
+    Column("messages", pa.string(), "row", "the conversation as given: JSON list of {role, content}"),
+)
+
+SAMPLE_COLUMNS: tuple[Column, ...] = (
+    Column("sample_id", pa.string(), "row", "unique in the cache"),
+    *_ORIGIN,
+    Column(
+        "prompt_ids",
+        _list(pa.int32()),
+        "row",
+        "token ids of all prompt segments, one `<image>` placeholder an image",
+    ),
+    Column(
+        "prompt_lengths",
+        _list(pa.int32()),
+        "row",
+        "length of each prompt segment; one segment before each response",
+    ),
+    Column("response_ids", _list(pa.int32()), "token", "token ids of all responses, each closed by EOS"),
+    Column("response_lengths", _list(pa.int32()), "row", "length of each response, EOS included"),
+    Column("expanded_length", pa.int32(), "row", "the teacher's sequence length, images expanded"),
+    Column("image_sha256", _list(pa.string()), "row", "sha256 of each image's encoded bytes, in order"),
+    Column("k", _list(pa.uint16()), "token", "number of cached entries of the token"),
+    Column("topk_ids", _list(pa.int32()), "topk", "token ids by falling probability"),
+    Column(
+        "topk_logprobs",
+        _list(pa.float32()),
+        "topk",
+        "natural logprobs at T=1, normalised over the vocabulary",
+    ),
+    Column("label_logprob", _list(pa.float32()), "token", "teacher logprob of the response token"),
+    Column("label_rank", _list(pa.int32()), "token", "rank of the response token, 1 = the teacher's first choice"),
+    Column(
+        "log_tail_mass",
+        _list(pa.float32()),
+        "token",
+        "log of the probability outside the cached entries; -inf for none",
+    ),
+    Column(
+        "entropy",
+        _list(pa.float32()),
+        "token",
+        "entropy in nats of the captured entries and the tail as one class",
+    ),
+    Column(
+        "finish_reason",
+        pa.string(),
+        "row",
+        "`given` for a teacher-forced response, else why generation ended",
+    ),
+)
+
+PAIR_COLUMNS: tuple[Column, ...] = (
+    Column("pair_id", pa.string(), "row", "unique in the cache"),
+    *_ORIGIN,
+    Column("prompt_ids", _list(pa.int32()), "row", "token ids of the prompt, one `<image>` placeholder an image"),
+    Column("image_sha256", _list(pa.string()), "row", "sha256 of each image's encoded bytes, in order"),
+    Column("chosen_ids", _list(pa.int32()), "row", "token ids of the preferred response, EOS included"),
+    Column("rejected_ids", _list(pa.int32()), "row", "token ids of the other response, EOS included"),
+    Column("chosen_logprobs", _list(pa.float32()), "row", "teacher logprob of each chosen token"),
+    Column("rejected_logprobs", _list(pa.float32()), "row", "teacher logprob of each rejected token"),
+    Column("chosen_score", pa.float32(), "row", "sum of `chosen_logprobs`"),
+    Column("rejected_score", pa.float32(), "row", "sum of `rejected_logprobs`"),
+    Column("made_by", pa.string(), "row", "how the pair came to be, e.g. `dataset`"),
+)
+
+IMAGE_COLUMNS: tuple[Column, ...] = (
+    Column("image_sha256", pa.string(), "row", "sha256 of `data`"),
+    Column("format", pa.string(), "row", "`PNG`, `JPEG`, …"),
+    Column("width", pa.int32(), "row", "pixels"),
+    Column("height", pa.int32(), "row", "pixels"),
+    Column("data", pa.binary(), "row", "the encoded image, byte for byte as it was read"),
+)
+
+
+def arrow_schema(columns: Sequence[Column]) -> pa.Schema:
+    """The Arrow schema of a shard with these columns, in this order."""
+    return pa.schema([pa.field(column.name, column.type, nullable=column.nullable) for column in columns])

@@ -1,0 +1,83 @@
+"""The names of the objects in a lake, relative to its root. Nobody else spells a path."""
+
+import re
+
+__all__ = [
+    "LAKE_MANIFEST",
+    "cache_names_prefix",
+    "cache_prefix",
+    "image_shard_path",
+    "shard_path",
+    "snapshot_number",
+    "snapshot_path",
+    "snapshots_prefix",
+    "spec_path",
+    "unit_of_commit",
+    "valid_name",
+]
+
+LAKE_MANIFEST = "lake.json"
+
+# Sixteen hex digits of the content's sha256: enough to name, while the whole digest is in the commit record.
+_DIGEST_DIGITS = 16
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def valid_name(name: str) -> bool:
+    """Whether `name` may name a cache or a unit: letters, digits, `._-`, at most 100, not starting with a sign."""
+    return _NAME.fullmatch(name) is not None
+
+
+def cache_names_prefix() -> str:
+    """The prefix under which every cache has its folder."""
+    return "caches"
+
+
+def cache_prefix(cache: str) -> str:
+    """The folder of one cache."""
+    return f"caches/{cache}"
+
+
+def spec_path(cache: str) -> str:
+    """The capture spec of a cache."""
+    return f"{cache_prefix(cache)}/spec.json"
+
+
+def shard_path(cache: str, unit: str, sha256: str) -> str:
+    """A shard of sample or pair rows, named by its unit and its content."""
+    return f"{cache_prefix(cache)}/shards/{unit}-{sha256[:_DIGEST_DIGITS]}.parquet"
+
+
+def image_shard_path(cache: str, unit: str, sha256: str) -> str:
+    """A shard of image rows, named by its unit and its content."""
+    return f"{cache_prefix(cache)}/images/{unit}-{sha256[:_DIGEST_DIGITS]}.parquet"
+
+
+def commits_prefix(cache: str) -> str:
+    """The folder of a cache's commit records."""
+    return f"{cache_prefix(cache)}/commits"
+
+
+def commit_path(cache: str, unit: str) -> str:
+    """The commit record of a unit."""
+    return f"{commits_prefix(cache)}/{unit}.json"
+
+
+def unit_of_commit(path: str) -> str:
+    """The unit whose commit record is at `path`; the inverse of `commit_path`."""
+    return path.rsplit("/", 1)[-1].removesuffix(".json")
+
+
+def snapshots_prefix(cache: str) -> str:
+    """The folder of a cache's snapshots."""
+    return f"{cache_prefix(cache)}/snapshots"
+
+
+def snapshot_path(cache: str, number: int) -> str:
+    """Snapshot `number` (from 1) of a cache."""
+    return f"{snapshots_prefix(cache)}/{number:08d}.json"
+
+
+def snapshot_number(path: str) -> int:
+    """The number of the snapshot at `path`; the inverse of `snapshot_path`."""
+    return int(path.rsplit("/", 1)[-1].removesuffix(".json"))

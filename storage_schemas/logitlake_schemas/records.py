@@ -1,0 +1,194 @@
+"""The JSON documents of a lake as strict, frozen pydantic models.
+
+Unknown keys are errors: a document from a newer format is refused, never half understood. No document holds a time
+or a host name, so that the same capture writes the same bytes wherever and whenever it runs.
+"""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from logitlake_schemas.fingerprint import canonical_json, fingerprint
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CacheKind",
+    "CaptureSpec",
+    "CodecPolicy",
+    "CommitRecord",
+    "DatasetIdentity",
+    "EngineIdentity",
+    "LakeManifest",
+    "Record",
+    "ShardEntry",
+    "ShardKind",
+    "Snapshot",
+    "StoredError",
+    "TokenizerIdentity",
+    "UnitError",
+]
+
+FORMAT_VERSION = 1
+
+CacheKind = Literal["samples", "pairs"]
+ShardKind = Literal["samples", "pairs", "images"]
+
+
+class Record(BaseModel):
+    """Base of every document: frozen, strict about keys, with one canonical byte form."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_bytes(self) -> bytes:
+        """The canonical JSON of the document, with a final newline."""
+        return canonical_json(self.model_dump(mode="json")) + b"\n"
+
+
+class LakeManifest(Record):
+    """`lake.json`: what makes a folder a lake."""
+
+    format_version: int = FORMAT_VERSION
+
+
+class TokenizerIdentity(Record):
+    """What teacher and student must share for cached ids to mean the same to both."""
+
+    token_map_sha256: str
+    """sha256 of the canonical JSON of the token -> id map"""
+    chat_template_sha256: str
+    """sha256 of the chat template's text"""
+    renderer: str
+    """name and version of the rule that cuts a conversation into prompt and response ids"""
+    vocab_size: int = Field(gt=0)
+    """number of real tokens; a padded lm_head is trimmed to it"""
+    eos_id: int = Field(ge=0)
+    """the token that closes every response"""
+    image_token_id: int | None
+    """the placeholder of one image, if the model sees images"""
+
+
+class EngineIdentity(Record):
+    """Who computed the logprobs."""
+
+    engine: str
+    """`hf`, `vllm`, `fake`"""
+    engine_version: str
+    """version of the library that ran the forward pass"""
+    model: str
+    """name of the teacher, for people; identity is the digest"""
+    weights_sha256: str
+    """digest over the teacher's weight files and config"""
+    dtype: str
+    """dtype of the forward pass, and the quantisation if any"""
+    image_processor_sha256: str | None
+    """digest of the image processor's configuration, if the model sees images"""
+    options: dict[str, str | int | float | bool | None] = {}
+    """engine options that can move the numbers"""
+
+
+class CodecPolicy(Record):
+    """How many entries of a token are kept, and how exactly."""
+
+    k_max: int = Field(default=32, gt=0, le=65535)
+    """entries captured for each token, at most"""
+    k_min: int = Field(default=4, gt=0)
+    """entries kept for each token, at least"""
+    p_min: float = Field(default=1e-3, ge=0, lt=1)
+    """entries below this probability are dropped beyond `k_min`; 0 keeps `k_max` of each token"""
+    grid: Literal["companded256", "exact"] = "companded256"
+    """`companded256` snaps logprobs to 256 levels, uniform in sqrt(p); `exact` keeps float32"""
+    max_mean_kl: float = Field(default=2e-4, gt=0)
+    """a shard whose mean KL(captured‖stored), in nats, is above this budget is refused"""
+
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> Self:
+        if self.k_min > self.k_max:
+            raise ValueError(f"k_min must be at most k_max, got k_min={self.k_min} and k_max={self.k_max}")
+        return self
+
+
+class DatasetIdentity(Record):
+    """Which data was captured, and how it was cut into units."""
+
+    snapshot_sha256: str
+    """digest over every record that was planned, images included"""
+    num_samples: int = Field(ge=0)
+    """planned samples or pairs"""
+    unit_tokens: int = Field(gt=0)
+    """token budget of a unit"""
+
+
+class CaptureSpec(Record):
+    """`spec.json`: everything that determines the content of a cache. Its fingerprint is the cache's identity."""
+
+    format_version: int = FORMAT_VERSION
+    kind: CacheKind
+    tokenizer: TokenizerIdentity
+    engine: EngineIdentity
+    codec: CodecPolicy
+    dataset: DatasetIdentity
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the canonical JSON of the spec."""
+        return fingerprint(self.model_dump(mode="json"))
+
+
+class ShardEntry(Record):
+    """One Parquet file of a unit."""
+
+    kind: ShardKind
+    path: str
+    """relative to the lake's root"""
+    sha256: str
+    bytes: int = Field(gt=0)
+    rows: int = Field(gt=0)
+    tokens: int = Field(ge=0)
+    """response tokens in the shard (chosen and rejected for pairs)"""
+
+
+class UnitError(Record):
+    """A sample that could not be captured. It is counted, never dropped in silence."""
+
+    sample_id: str
+    code: str
+    """stable, for machines: `image_decode`, `prompt_too_long`, …"""
+    message: str
+    """for people"""
+
+
+class StoredError(Record):
+    """What storing cost, measured by the writer on the unit itself."""
+
+    kl_mean: float
+    """mean KL(captured‖stored) over the unit's tokens, in nats"""
+    kl_max: float
+    """the largest of them"""
+    mean_stored_mass: float
+    """mean probability covered by the stored entries"""
+    mean_k: float
+    """mean number of stored entries"""
+
+
+class CommitRecord(Record):
+    """`commits/<unit>.json`: the unit is done. Created once; the first publisher wins."""
+
+    format_version: int = FORMAT_VERSION
+    cache: str
+    unit: str
+    spec_fingerprint: str
+    shards: tuple[ShardEntry, ...]
+    errors: tuple[UnitError, ...]
+    stored_error: StoredError | None
+    """none where the unit stores no top-k"""
+
+
+class Snapshot(Record):
+    """`snapshots/<n>.json`: the units that were committed at that moment. Readers pin one."""
+
+    format_version: int = FORMAT_VERSION
+    cache: str
+    number: int = Field(gt=0)
+    spec_fingerprint: str
+    commits: tuple[CommitRecord, ...]
+    """sorted by unit"""

@@ -1,0 +1,252 @@
+"""Exact tail-bucket distillation from a cached top-k, without a `[R, V]` tensor.
+
+For each response token the lake holds the teacher's K most likely tokens, their logprobs, and the logarithm
+of the mass r of everything else. The student's full softmax q is coarsened the same way, to K tokens and one
+bucket of mass s:
+
+    forward_kl = sum over K of p_i (log p_i - log q_i)  +  r (log r - log s)
+
+This is a true KL divergence between two distributions over K + 1 classes: never negative, zero only at
+equality of head and tail mass, and never above the KL over the full vocabulary (data-processing inequality).
+log s is the logsumexp of the logits outside the K ids minus the full logsumexp, never log(1 - sum), which is
+noise once the head holds almost everything. Cross-entropy on the response token itself comes from the same
+logsumexp.
+
+Gradient with respect to the logits z, with m = sum p_i + r (1, up to rounding):
+    in the head:    m q_j - p_j
+    in the tail:    m q_j - r softmax_tail(z)_j
+The softmax over the tail alone stays finite where s underflows, as r q_j / s would not.
+
+`losses.reference` holds the slow twin that this file is tested against, in value and gradient.
+
+Axes: R response rows, C rows of one chunk, K cached tokens, V vocabulary, H hidden.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from logitlake_shared.errors import DataError
+from logitlake_student.losses.chunked import ChunkedHead, accumulation_dtype
+
+__all__ = ["LossSums", "TeacherBatch", "distillation_loss"]
+
+
+@dataclass(frozen=True)
+class TeacherBatch:
+    """What the lake knows about the R response rows of a micro-batch. All tensors on the student's device."""
+
+    topk_ids_RK: Tensor
+    """int64. Padded slots hold any valid id (0, say); their logprob says that they are padding."""
+    topk_logprobs_RK: Tensor
+    """float32, normalised over the teacher's full vocabulary, in nats. -inf in padded slots."""
+    log_tail_mass_R: Tensor
+    """float32, log of the mass outside the K ids. -inf where the K ids hold everything."""
+    label_ids_R: Tensor
+    """int64, the response token that each row predicts."""
+
+
+class LossSums(NamedTuple):
+    """0-d float32 tensors, detached: sums over the rows of a micro-batch, in nats.
+
+    Sums and not means, because a mean over the global batch is made of sums: the trainer divides by the
+    number of response tokens of all micro-batches on all ranks.
+    """
+
+    kl_sum: Tensor
+    ce_sum: Tensor
+    num_tokens: Tensor
+
+
+def distillation_loss(
+    hidden_RH: Tensor,
+    lm_head_weight_VH: Tensor,
+    teacher: TeacherBatch | None,
+    *,
+    kl_weight: float,
+    ce_weight: float,
+    chunk_rows: int,
+    label_ids_R: Tensor | None = None,
+) -> tuple[Tensor, LossSums]:
+    """`kl_weight * sum(forward_kl) + ce_weight * sum(cross-entropy)` over response rows.
+
+    Args:
+        hidden_RH: final hidden states (after the last norm) of the rows that predict response tokens.
+        lm_head_weight_VH: weight of the head; float32 or bfloat16; frozen, trainable or tied to the
+        embedding. For a
+            head that is padded beyond the tokenizer, pass the slice `weight[:vocab_size]`.
+        teacher: cached rows. None leaves cross-entropy only, on `label_ids_R`; the KL sum is then 0.
+        chunk_rows: rows whose logits are alive at one time; memory, not meaning.
+        label_ids_R: int64, only where there is no teacher.
+
+    Returns:
+        The 0-d loss sum, whose backward costs no further pass over the head, and the sums for logs.
+
+    Raises:
+        DataError: shapes that do not agree, labels given twice or not at all, or a tail mass where the K ids
+        are the
+            whole vocabulary.
+    """
+    labels_R = _labels(hidden_RH, lm_head_weight_VH, teacher, label_ids_R)
+    grad = torch.is_grad_enabled()
+    loss, kl_sum, ce_sum = _DistillationLoss.apply(  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+        hidden_RH,
+        lm_head_weight_VH,
+        labels_R,
+        teacher,
+        kl_weight,
+        ce_weight,
+        chunk_rows,
+        grad and hidden_RH.requires_grad,
+        grad and lm_head_weight_VH.requires_grad,
+    )
+    num_tokens = torch.tensor(float(labels_R.shape[0]), device=hidden_RH.device)
+    return loss, LossSums(kl_sum.float(), ce_sum.float(), num_tokens)
+
+
+def _labels(
+    hidden_RH: Tensor, weight_VH: Tensor, teacher: TeacherBatch | None, label_ids_R: Tensor | None
+) -> Tensor:
+    """The labels, wherever they came from, after checking that everything has R rows."""
+    if (teacher is None) == (label_ids_R is None):
+        raise DataError(
+            "distillation_loss: labels come with the teacher, or as label_ids_R where there is none"
+        )
+    if teacher is None:
+        assert label_ids_R is not None
+        shapes = {"label_ids_R": label_ids_R.shape}
+        labels_R = label_ids_R
+    else:
+        shapes = {
+            "topk_ids_RK": teacher.topk_ids_RK.shape[:1],
+            "topk_logprobs_RK": teacher.topk_logprobs_RK.shape[:1],
+            "log_tail_mass_R": teacher.log_tail_mass_R.shape,
+            "label_ids_R": teacher.label_ids_R.shape,
+        }
+        labels_R = teacher.label_ids_R
+        if teacher.topk_ids_RK.shape != teacher.topk_logprobs_RK.shape:
+            raise DataError(
+                f"distillation_loss: topk_ids_RK {tuple(teacher.topk_ids_RK.shape)} and topk_logprobs_RK "
+                f"{tuple(teacher.topk_logprobs_RK.shape)} differ in shape"
+            )
+        if teacher.topk_ids_RK.shape[1] >= weight_VH.shape[0]:
+            _refuse_mass_on_nothing(teacher, weight_VH.shape[0])
+    num_rows = hidden_RH.shape[0]
+    for name, shape in shapes.items():
+        if tuple(shape) != (num_rows,):
+            raise DataError(
+                f"distillation_loss: {name} has {tuple(shape)} rows, the hidden states have {num_rows}"
+            )
+    return labels_R
+
+
+def _refuse_mass_on_nothing(teacher: TeacherBatch, vocab_size: int) -> None:
+    """With every id in the head there is no tail, and mass on it would be an infinite divergence."""
+    full_R = torch.isfinite(teacher.topk_logprobs_RK).sum(dim=1) >= vocab_size
+    bad = int((full_R & torch.isfinite(teacher.log_tail_mass_R)).sum())
+    if bad:
+        raise DataError(
+            f"distillation_loss: {bad} rows hold all {vocab_size} ids of the vocabulary and still a tail mass;"
+            " expected log_tail_mass = -inf there"
+        )
+
+
+class _DistillationLoss(torch.autograd.Function):
+    """Loss and gradients in one pass over the chunks; backward only scales what forward accumulated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RH: Tensor,
+        weight_VH: Tensor,
+        labels_R: Tensor,
+        teacher: TeacherBatch | None,
+        kl_weight: float,
+        ce_weight: float,
+        chunk_rows: int,
+        grad_hidden: bool,
+        grad_weight: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head = ChunkedHead(
+            hidden_RH, weight_VH, chunk_rows=chunk_rows, grad_hidden=grad_hidden, grad_weight=grad_weight
+        )
+        kl_sum = hidden_RH.new_zeros((), dtype=accumulation_dtype(hidden_RH))
+        ce_sum = torch.zeros_like(kl_sum)
+        for rows in head.chunks():
+            logits_CV = head.logits(rows)
+            lse_C = torch.logsumexp(logits_CV, dim=-1)
+            labels_C1 = labels_R[rows, None]
+            ce_sum += (lse_C - logits_CV.gather(1, labels_C1).squeeze(1)).sum()
+            bucket = _Bucket.of(logits_CV, lse_C, teacher, rows) if teacher is not None else None
+            if bucket is not None:
+                kl_sum += bucket.kl_C.sum()
+            if grad_hidden or grad_weight:
+                grad_CV = logits_CV.sub_(lse_C[:, None]).exp_()  # q; the logits are not needed any more
+                if bucket is None:
+                    grad_CV.mul_(ce_weight)
+                else:
+                    grad_CV.mul_((ce_weight + kl_weight * bucket.mass_C)[:, None])
+                    grad_CV.sub_(bucket.tail(), alpha=kl_weight)
+                    grad_CV.scatter_add_(1, bucket.ids_CK, -kl_weight * bucket.p_CK)
+                grad_CV.scatter_add_(1, labels_C1, torch.full_like(lse_C, -ce_weight)[:, None])
+                head.accumulate(rows, grad_CV)
+        ctx.dtypes = hidden_RH.dtype, weight_VH.dtype
+        ctx.save_for_backward(head.grad_hidden_RH, head.grad_weight_VH)
+        ctx.mark_non_differentiable(kl_sum, ce_sum)
+        return kl_weight * kl_sum + ce_weight * ce_sum, kl_sum, ce_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad_outputs[0]
+        grads = [
+            None if grad is None else (grad * scale).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*grads, None, None, None, None, None, None, None)
+
+
+class _Bucket(NamedTuple):
+    """The K + 1 classes of a chunk's rows: their divergence, and what its gradient is made of."""
+
+    kl_C: Tensor
+    ids_CK: Tensor
+    p_CK: Tensor
+    tail_mass_C: Tensor
+    outside_CV: Tensor
+    """Logits, -inf at the cached ids."""
+    lse_outside_C: Tensor
+    """Their logsumexp; +inf where the teacher has no tail, so that `tail` is 0 there."""
+
+    @classmethod
+    def of(cls, logits_CV: Tensor, lse_C: Tensor, teacher: TeacherBatch, rows: slice) -> "_Bucket":
+        ids_CK = teacher.topk_ids_RK[rows]
+        logp_CK = teacher.topk_logprobs_RK[rows].to(logits_CV.dtype)
+        log_tail_C = teacher.log_tail_mass_R[rows].to(logits_CV.dtype)
+        p_CK = logp_CK.exp()
+        cached_CK = torch.isfinite(logp_CK)
+        logq_CK = logits_CV.gather(1, ids_CK) - lse_C[:, None]
+        head_C = (p_CK * torch.where(cached_CK, logp_CK - logq_CK, 0.0)).sum(dim=1)
+
+        # A padded slot may point at an id that is cached, or at one that is not: `amin` against +inf changes
+        # neither.
+        infinity_CK = torch.full_like(logp_CK, torch.inf)
+        ceiling_CK = torch.where(cached_CK, -infinity_CK, infinity_CK)
+        outside_CV = logits_CV.scatter_reduce(1, ids_CK, ceiling_CK, "amin")
+        has_tail_C = torch.isfinite(log_tail_C)
+        lse_outside_C = torch.where(has_tail_C, torch.logsumexp(outside_CV, dim=-1), torch.inf)
+        log_s_C = lse_outside_C - lse_C
+        tail_C = torch.where(has_tail_C, log_tail_C.exp() * (log_tail_C - log_s_C), 0.0)
+        return cls(head_C + tail_C, ids_CK, p_CK, log_tail_C.exp(), outside_CV, lse_outside_C)
+
+    @property
+    def mass_C(self) -> Tensor:
+        """The teacher's total mass: 1, up to the rounding of what was stored."""
+        return self.p_CK.sum(dim=1) + self.tail_mass_C
+
+    def tail(self) -> Tensor:
+        """r softmax_tail(z) [C, V], 0 at the cached ids. Overwrites `outside_CV`."""
+        return self.outside_CV.sub_(self.lse_outside_C[:, None]).exp_().mul_(self.tail_mass_C[:, None])

@@ -1,0 +1,117 @@
+"""The losses written the obvious way: full logits, float64, row by row, plain autograd. Slow on purpose.
+
+Every fast path of this package is compared with its twin here, in value and gradient. Nothing in training
+calls this file. Where a fast path and its twin disagree, the twin is right.
+
+Axes: R response rows, K cached tokens, V vocabulary, H hidden, P pairs.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from logitlake_student.losses.distillation import LossSums, TeacherBatch
+
+__all__ = [
+    "distillation_loss_reference",
+    "full_kl",
+    "preference_loss_reference",
+    "sequence_logprobs_reference",
+]
+
+
+def full_kl(logits_student_RV: Tensor, logits_teacher_RV: Tensor) -> Tensor:
+    """Sum over rows of KL(teacher || student) over the whole vocabulary, in nats, float64."""
+    log_q_RV = torch.log_softmax(logits_student_RV.double(), dim=-1)
+    log_p_RV = torch.log_softmax(logits_teacher_RV.double(), dim=-1)
+    return (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum()
+
+
+def distillation_loss_reference(
+    hidden_RH: Tensor,
+    lm_head_weight_VH: Tensor,
+    teacher: TeacherBatch | None,
+    *,
+    kl_weight: float,
+    ce_weight: float,
+    label_ids_R: Tensor | None = None,
+) -> tuple[Tensor, LossSums]:
+    """Twin of `losses.distillation.distillation_loss`; it has no chunks."""
+    labels_R = teacher.label_ids_R if teacher is not None else label_ids_R
+    assert labels_R is not None
+    logits_RV = hidden_RH.double() @ lm_head_weight_VH.double().t()
+    kl_sum = logits_RV.new_zeros(())
+    ce_sum = logits_RV.new_zeros(())
+    for row, logits_V in enumerate(logits_RV):
+        log_q_V = torch.log_softmax(logits_V, dim=-1)
+        ce_sum = ce_sum - log_q_V[labels_R[row]]
+        if teacher is not None:
+            kl_sum = kl_sum + _coarsened_kl(log_q_V, teacher, row)
+    loss = kl_weight * kl_sum + ce_weight * ce_sum
+    num_tokens = torch.tensor(float(len(labels_R)))
+    return loss, LossSums(kl_sum.detach().float(), ce_sum.detach().float(), num_tokens)
+
+
+def _coarsened_kl(log_q_V: Tensor, teacher: TeacherBatch, row: int) -> Tensor:
+    """KL between teacher and student over the K cached tokens of a row and one bucket for all others."""
+    cached_K = torch.isfinite(teacher.topk_logprobs_RK[row])
+    ids_K = teacher.topk_ids_RK[row][cached_K]
+    log_p_K = teacher.topk_logprobs_RK[row][cached_K].double()
+    kl = (log_p_K.exp() * (log_p_K - log_q_V[ids_K])).sum()
+    log_r = teacher.log_tail_mass_R[row].double()
+    if torch.isfinite(log_r):
+        in_tail_V = torch.ones_like(log_q_V, dtype=torch.bool)
+        in_tail_V[ids_K] = False
+        kl = kl + log_r.exp() * (log_r - torch.logsumexp(log_q_V[in_tail_V], dim=-1))
+    return kl
+
+
+def sequence_logprobs_reference(
+    hidden_RH: Tensor,
+    lm_head_weight_VH: Tensor,
+    label_ids_R: Tensor,
+    row_sequence_R: Tensor,
+    num_sequences: int,
+) -> Tensor:
+    """Twin of `losses.preference.sequence_logprobs`: float64 sums of label logprobs, one a sequence."""
+    log_q_RV = torch.log_softmax(hidden_RH.double() @ lm_head_weight_VH.double().t(), dim=-1)
+    sums = [log_q_RV.new_zeros(()) for _ in range(num_sequences)]
+    for row, (label, sequence) in enumerate(zip(label_ids_R.tolist(), row_sequence_R.tolist(), strict=True)):
+        sums[sequence] = sums[sequence] + log_q_RV[row, label]
+    return torch.stack(sums)
+
+
+def preference_loss_reference(
+    policy_chosen: Sequence[float],
+    policy_rejected: Sequence[float],
+    reference_chosen: Sequence[float],
+    reference_rejected: Sequence[float],
+    *,
+    kind: str,
+    beta: float,
+) -> list[float]:
+    """Twin of `losses.preference.preference_loss` in Python floats: one loss a pair."""
+    chosen = [policy - reference for policy, reference in zip(policy_chosen, reference_chosen, strict=True)]
+    rejected = [
+        policy - reference for policy, reference in zip(policy_rejected, reference_rejected, strict=True)
+    ]
+    z_chosen = max(0.0, sum(chosen) / len(chosen))
+    z_rejected = max(0.0, sum(rejected) / len(rejected))
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+    losses = []
+    for w, l in zip(chosen, rejected, strict=True):  # noqa: E741  # the letters of the papers
+        if kind == "dpo":
+            losses.append(-math.log(sigmoid(beta * (w - l))))
+        elif kind == "ipo":
+            losses.append((w - l - 1 / (2 * beta)) ** 2)
+        elif kind == "hinge":
+            losses.append(max(0.0, 1 - beta * (w - l)))
+        else:
+            assert kind == "kto_pair", kind
+            losses.append(((1 - sigmoid(beta * (w - z_rejected))) + (1 - sigmoid(beta * (z_chosen - l)))) / 2)
+    return losses

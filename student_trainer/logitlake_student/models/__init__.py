@@ -1,0 +1,1 @@
+"""Building students: assembled from parts, upcycled to experts, their routers overheard."""

@@ -1,0 +1,163 @@
+"""A LLaVA student from its parts: a vision tower, a fresh projector, a language model.
+
+The parts are ordinary checkpoints; the whole is a stock `LlavaForConditionalGeneration`. Tokenizer, chat template and
+image processor files travel unchanged, byte for byte: the lake's fingerprint is taken from them, and a tokenizer that
+was loaded and saved again need not be the same file.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from logitlake_shared.errors import ConfigError
+
+__all__ = ["PROCESSOR_FILES", "assemble_llava", "copy_processor_files", "save_assembled", "save_student"]
+
+PROCESSOR_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+"""Everything besides weights and model config that a checkpoint folder may hold."""
+
+_LANGUAGE_MODELS = {"llama", "qwen2", "qwen3"}
+
+
+def assemble_llava(
+    vision_tower_dir: Path,
+    language_model_dir: Path,
+    *,
+    projector_seed: int,
+    vision_feature_layer: int,
+    vision_feature_select_strategy: Literal["default", "full"] = "default",
+    image_token: str = "<image>",
+) -> Any:
+    """A `LlavaForConditionalGeneration` in float32 on the CPU, with a fresh two-layer GELU projector.
+
+    Args:
+        vision_tower_dir: checkpoint of a CLIP vision model (or a whole CLIP, of which the vision half is taken).
+        language_model_dir: checkpoint and tokenizer of a Qwen3, Qwen2 or Llama causal language model.
+        projector_seed: of the projector's weights, uniform within 1/sqrt(fan-in), biases too, as `torch.nn.Linear`
+            and LLaVA have them. Never the global seed.
+        vision_feature_layer: hidden layer of the tower that is shown to the language model, -2 in LLaVA.
+        vision_feature_select_strategy: `default` drops the class token, `full` keeps it.
+        image_token: the placeholder token, which the tokenizer must know.
+
+    Raises:
+        ConfigError: a part that is missing, of another kind, or whose tokenizer lacks the placeholder.
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        CLIPVisionModel,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+    from transformers.initialization import no_init_weights
+
+    _require_type(vision_tower_dir, {"clip", "clip_vision_model"}, "vision tower")
+    _require_type(language_model_dir, _LANGUAGE_MODELS, "language model")
+    tower = CLIPVisionModel.from_pretrained(vision_tower_dir, dtype=torch.float32)
+    language_model = AutoModelForCausalLM.from_pretrained(language_model_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(language_model_dir)
+    image_token_id = tokenizer.get_vocab().get(image_token)
+    if image_token_id is None or image_token_id >= language_model.config.vocab_size:
+        raise ConfigError(
+            f"{language_model_dir}: expected the placeholder {image_token!r} in the tokenizer, within the "
+            f"{language_model.config.vocab_size} rows of the embedding; got id {image_token_id}"
+        )
+    num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        image_token_index=image_token_id,
+        image_seq_length=num_patches + (vision_feature_select_strategy == "full"),
+        projector_hidden_act="gelu",
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=vision_feature_select_strategy,
+    )
+    with no_init_weights():
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict(), strict=True)
+    model.model.language_model.load_state_dict(language_model.model.state_dict(), strict=True)
+    model.lm_head.load_state_dict(language_model.lm_head.state_dict(), strict=True)
+    model.tie_weights()
+    _initialise_projector(model.model.multi_modal_projector, projector_seed)
+    model.generation_config = language_model.generation_config
+    return model
+
+
+def _require_type(model_dir: Path, expected: set[str], part: str) -> None:
+    config_path = model_dir / "config.json"
+    if not config_path.is_file():
+        raise ConfigError(f"{part}: no checkpoint at {model_dir} (expected {config_path.name} there)")
+    model_type = json.loads(config_path.read_text()).get("model_type")
+    if model_type not in expected:
+        raise ConfigError(
+            f"{part}: expected a model of type {sorted(expected)}, got {model_type!r} at {model_dir}"
+        )
+
+
+@torch.no_grad()
+def _initialise_projector(projector: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for linear in (projector.linear_1, projector.linear_2):
+        bound = linear.in_features**-0.5
+        linear.weight.uniform_(-bound, bound, generator=generator)
+        linear.bias.uniform_(-bound, bound, generator=generator)
+
+
+def save_student(model: Any, out_dir: Path, *, files_from: Path) -> None:
+    """Saves a student with the tokenizer and processor files of the checkpoint that it came from."""
+    model.save_pretrained(out_dir)
+    copy_processor_files([files_from], out_dir)
+
+
+def save_assembled(model: Any, out_dir: Path, *, vision_tower_dir: Path, language_model_dir: Path) -> None:
+    """Saves a freshly assembled student: tokenizer from the language model, image processor from the tower.
+
+    Where neither brings a processor config, one is written that stock transformers and vLLM read.
+
+    Raises:
+        ConfigError: no image processor beside the tower.
+    """
+    model.save_pretrained(out_dir)
+    copy_processor_files([vision_tower_dir, language_model_dir], out_dir)
+    processor_config = out_dir / "processor_config.json"
+    if processor_config.is_file():
+        return
+    image_processor = out_dir / "preprocessor_config.json"
+    if not image_processor.is_file():
+        raise ConfigError(f"vision tower: expected {image_processor.name} or {processor_config.name} at {vision_tower_dir}")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(language_model_dir)
+    content = {
+        "processor_class": "LlavaProcessor",
+        "image_processor": json.loads(image_processor.read_text()),
+        "image_token": tokenizer.convert_ids_to_tokens(model.config.image_token_id),
+        "num_additional_image_tokens": 1,  # CLIP's class token, which `default` then drops
+        "patch_size": model.config.vision_config.patch_size,
+        "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
+    }
+    processor_config.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def copy_processor_files(sources: Sequence[Path], out_dir: Path) -> None:
+    """Copies `PROCESSOR_FILES` that exist; where two sources have one, the later source's stands."""
+    for source in sources:
+        for name in PROCESSOR_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, out_dir / name)

@@ -1,0 +1,91 @@
+"""Routers: computed in float32, and overheard.
+
+`LlavaForConditionalGeneration` drops its language model's router logits, so the balance loss takes them from forward
+hooks on the routers themselves. The tensors carry gradients, also under (non-reentrant) gradient checkpointing.
+
+Stock routers multiply in the model's type. In bfloat16 two experts often tie and the balance loss sees rounded
+probabilities, so a student in training computes its routers in float32; the stored model stays a stock one.
+
+Axes: N positions of a forward (batch x sequence), E experts, H hidden.
+"""
+
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from logitlake_shared.errors import TrainingError
+from logitlake_student.models.parts import routers
+
+__all__ = ["RouterRecorder", "compute_routers_in_float32"]
+
+
+class RouterRecorder:
+    """Context manager that keeps the router logits of one forward.
+
+    >>> with RouterRecorder(model) as recorder:
+    ...     model(**batch)
+    >>> router_logits = recorder.logits()   # [N, E] float32 per sparse layer
+
+    Leave the context before `backward`: a checkpointed layer runs its router again there. Each layer keeps the first
+    logits that it sees until `clear`, so that a second run changes nothing.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._routers = routers(model)
+        self._logits: dict[int, Tensor] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "RouterRecorder":
+        for layer, router in self._routers.items():
+
+            def keep(_module: Any, _inputs: Any, output: tuple[Tensor, ...], layer: int = layer) -> None:
+                self._logits.setdefault(layer, output[0].float())
+
+            self._hooks.append(router.register_forward_hook(keep))
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def logits(self) -> list[Tensor]:
+        """[N, E] float32 of each sparse layer in order; empty for a dense model.
+
+        Raises:
+            TrainingError: no forward ran inside the context.
+        """
+        missing = [layer for layer in self._routers if layer not in self._logits]
+        if missing:
+            raise TrainingError(
+                f"router logits of layers {missing} were not recorded: expected one forward of the model inside "
+                "the `with` block"
+            )
+        return [self._logits[layer] for layer in self._routers]
+
+    def clear(self) -> None:
+        """Forgets what was recorded, for the next forward."""
+        self._logits.clear()
+
+
+def compute_routers_in_float32(model: Any) -> None:
+    """Makes the routers of a model compute logits, softmax and weights in float32 whatever its type or autocast.
+
+    Changes this instance only, and nothing that is saved. A float32 model gives the same numbers as before.
+    """
+    for router in routers(model).values():
+        router.forward = types.MethodType(_float32_router_forward, router)
+
+
+def _float32_router_forward(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Router logits [N, E] float32, weights [N, k] in the model's type, expert ids [N, k]."""
+    hidden_NH = hidden_states.reshape(-1, router.hidden_dim)
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        logits_NE = F.linear(hidden_NH.float(), router.weight.float())
+        weights_Nk, expert_ids_Nk = torch.softmax(logits_NE, dim=-1).topk(router.top_k, dim=-1)
+        if router.norm_topk_prob:
+            weights_Nk = weights_Nk / weights_Nk.sum(dim=-1, keepdim=True)
+    return logits_NE, weights_Nk.to(hidden_states.dtype), expert_ids_Nk

@@ -1,0 +1,78 @@
+"""One unit of samples: load its images, let the teacher score it, check, encode, commit.
+
+A unit commits itself where it was computed, and only as a whole; running it again is free once it is committed.
+What the teacher cannot score becomes an error row of the unit's commit record, with a code, never a gap.
+"""
+
+from collections.abc import Mapping
+
+from logitlake_schemas import CommitRecord, UnitError
+from logitlake_shared.lake import Cache, UnitResult
+from logitlake_shared.rows import LakeSample
+from logitlake_shared.topk import StoredRows, TeacherRows, encode, stored_error
+from logitlake_teacher.engines.base import Engine
+from logitlake_teacher.planner import PlannedSample, Unit
+from logitlake_teacher.unit_work import (
+    accept,
+    committed_record,
+    crash_errors,
+    images_of,
+    in_order,
+    load_images,
+    requests_of,
+)
+
+__all__ = ["capture_unit"]
+
+
+def capture_unit(engine: Engine, unit: Unit, cache: Cache, crashed: Mapping[str, str]) -> CommitRecord:
+    """Captures a unit of samples and commits it; returns the commit record that counts.
+
+    `crashed` maps the ids that are known to kill the teacher to what happened; they are not tried again.
+    Raises `EngineError` if the teacher cannot go on, `DataError` if an image is not the one that was planned,
+    `LakeError` if the lake refuses.
+    """
+    committed = committed_record(cache, unit)
+    if committed is not None:
+        return committed
+    images, errors = load_images(unit.items)
+    errors |= crash_errors(unit, crashed)
+    todo = [item for item in unit.items if isinstance(item, PlannedSample) and item.item_id not in errors]
+    answers = engine.score([request for item in todo for request in requests_of(item, images)])
+    kept: list[tuple[TeacherRows, StoredRows]] = []
+    samples: list[LakeSample] = []
+    for item, answer in zip(todo, answers, strict=True):
+        accepted = accept(item, answer, len(item.response_ids), cache.spec.tokenizer.vocab_size)
+        if isinstance(accepted, UnitError):
+            errors[item.item_id] = accepted
+            continue
+        stored = encode(accepted.rows, cache.spec.codec)
+        kept.append((accepted.rows, stored))
+        samples.append(_lake_sample(item, stored, accepted.expanded_length))
+    return cache.publish_unit(
+        UnitResult(
+            unit=unit.unit_id,
+            samples=samples,
+            images=images_of((sample.image_sha256 for sample in samples), images),
+            errors=in_order(unit, errors),
+            stored_error=stored_error(kept) if kept else None,
+        )
+    )
+
+
+def _lake_sample(item: PlannedSample, stored: StoredRows, expanded_length: int) -> LakeSample:
+    return LakeSample(
+        sample_id=item.sample_id,
+        task=item.task,
+        source=item.source,
+        split=item.split,
+        messages=item.messages,
+        prompt_ids=item.prompt_ids,
+        prompt_lengths=item.prompt_lengths,
+        response_ids=item.response_ids,
+        response_lengths=item.response_lengths,
+        expanded_length=expanded_length,
+        image_sha256=item.image_sha256,
+        rows=stored,
+        finish_reason="given",
+    )

@@ -1,0 +1,131 @@
+"""`logitlake-teacher`: plan, capture, pairs.
+
+Each command takes a TOML file and `section.key=value` overrides. A command can be killed at any time and run again:
+it goes on with the units that have no commit record. Everything heavy is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from logitlake_shared.cli_support import config_command, progress, run_cli
+
+if TYPE_CHECKING:
+    from logitlake_schemas import CommitRecord
+    from logitlake_teacher.config import CaptureConfig, PairsConfig
+    from logitlake_teacher.planner import Unit
+    from logitlake_teacher.service import Summary
+
+__all__ = ["cli", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="logitlake")
+def cli() -> None:
+    """Let a teacher say what it knows, once, into a lake."""
+
+
+@cli.command()
+@config_command
+def plan(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Check all data of a capture and show its units; nothing is captured."""
+    from logitlake_shared.config import load_config, to_toml
+    from logitlake_teacher.config import CaptureConfig
+
+    resolved = load_config(CaptureConfig, config, overrides)
+    if dry_run:
+        click.echo(to_toml(resolved), nl=False)
+        return
+    from logitlake_teacher.service import prepare
+
+    prepared = prepare(resolved)
+    click.echo(
+        f"{prepared.plan.dataset.num_samples} samples, {prepared.plan.num_tokens} tokens (an image counted as one), "
+        f"{len(prepared.plan.units)} units of at most {resolved.plan.unit_tokens} tokens"
+    )
+    click.echo(f"dataset     {prepared.spec.dataset.snapshot_sha256}")
+    click.echo(f"fingerprint {prepared.spec.fingerprint}")
+
+
+@cli.command()
+@config_command
+def capture(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Capture the teacher's distribution over every response token; resumes where it was stopped."""
+    from logitlake_shared.config import load_config
+    from logitlake_teacher.config import CaptureConfig
+
+    _run(load_config(CaptureConfig, config, overrides), dry_run)
+
+
+@cli.command()
+@config_command
+def pairs(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Score preferred and rejected responses with the teacher; resumes where it was stopped."""
+    from logitlake_shared.config import load_config
+    from logitlake_teacher.config import PairsConfig
+
+    _run(load_config(PairsConfig, config, overrides), dry_run)
+
+
+def main() -> None:
+    """The console script."""
+    run_cli(cli)
+
+
+def _run(config: CaptureConfig | PairsConfig, dry_run: bool) -> None:
+    if dry_run:
+        from logitlake_shared.config import to_toml
+
+        click.echo(to_toml(config), nl=False)
+        return
+    from logitlake_teacher import service
+
+    prepared = service.prepare(config)
+    cache = service.open_cache(config, prepared)
+    units = service.remaining_units(prepared, cache)
+    what = f"{config.lake.uri}: cache {config.lake.cache!r}"
+    noun = prepared.kind
+    if not units:
+        summary = service.summarise(cache)
+        click.echo(f"{what}: everything is captured already ({summary.rows} {noun}, snapshot {summary.snapshot})")
+        service.check_error_rate(summary, config.max_error_rate)
+        return
+    done = len(prepared.plan.units) - len(units)
+    if done:
+        click.echo(f"{what}: going on, {done} of {len(prepared.plan.units)} units are committed", err=True)
+    total = sum(len(unit.items) for unit in units)
+    with progress(f"{config.engine.type} teacher", total, noun) as advance:
+        started, tokens, errors = time.monotonic(), 0, 0
+
+        def on_commit(unit: Unit, record: CommitRecord) -> None:
+            nonlocal tokens, errors
+            tokens += sum(entry.tokens for entry in record.shards)
+            errors += len(record.errors)
+            rate = tokens / max(time.monotonic() - started, 1e-9)
+            advance(len(unit.items), tokens_per_s=f"{rate:.0f}", errors=errors)
+
+        seconds = service.run_units(config, prepared, units, on_commit)
+    summary = service.summarise(cache)
+    _show(what, noun, summary, seconds)
+    service.check_error_rate(summary, config.max_error_rate)
+
+
+def _show(what: str, noun: str, summary: Summary, seconds: float) -> None:
+    figures = [
+        f"{summary.rows} {noun}",
+        f"{summary.tokens} response tokens",
+        f"{summary.bytes_per_token:.1f} bytes/token",
+        f"{summary.image_bytes / 1e6:.1f} MB of images",
+    ]
+    if summary.stored_kl is not None:
+        figures.append(f"stored KL {summary.stored_kl:.1e} nats/token")
+    figures += [f"{summary.num_errors} errors", f"{seconds:.1f} s"]
+    click.echo(f"{what}, snapshot {summary.snapshot}: {', '.join(figures)}")
+
+
+if __name__ == "__main__":
+    main()

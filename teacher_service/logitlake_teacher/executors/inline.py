@@ -1,0 +1,25 @@
+"""Units one after the other in the command's own process: no Ray, nothing to start, the easiest to debug.
+
+A sample that kills the teacher kills the command; run it under `ray` to have such samples found and set aside.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from logitlake_schemas import CommitRecord
+from logitlake_teacher.executors.base import MakeWorker
+from logitlake_teacher.planner import Unit
+
+__all__ = ["InlineExecutor"]
+
+
+class InlineExecutor:
+    """Implements `executors.base.Executor`."""
+
+    def run(self, units: Sequence[Unit], make_worker: MakeWorker) -> Iterator[CommitRecord]:
+        """See `Executor.run`."""
+        worker = make_worker()
+        try:
+            for unit in units:
+                yield worker.run(unit, {})
+        finally:
+            worker.close()

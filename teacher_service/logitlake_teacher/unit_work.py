@@ -1,0 +1,127 @@
+"""What capturing a unit of samples and a unit of pairs have in common.
+
+Images are loaded once a unit and must be the ones that were planned; what the teacher returns is checked before it
+may be written; whatever fails becomes a `UnitError` with a code, never a gap.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from logitlake_schemas import CommitRecord, UnitError, layout
+from logitlake_shared.errors import DataError, EngineError, ImageError
+from logitlake_shared.images import inspect_image
+from logitlake_shared.lake import Cache
+from logitlake_shared.rows import LakeImage
+from logitlake_shared.topk import check_rows
+from logitlake_teacher.engines.base import SampleProblem, ScoredSample, ScoreRequest
+from logitlake_teacher.planner import Item, PlannedPair, PlannedSample, Unit
+
+__all__ = [
+    "Errors",
+    "accept",
+    "committed_record",
+    "crash_errors",
+    "images_of",
+    "in_order",
+    "load_images",
+    "requests_of",
+]
+
+Errors = dict[str, UnitError]
+
+
+def committed_record(cache: Cache, unit: Unit) -> CommitRecord | None:
+    """The unit's commit record, if it has one: then there is nothing to do."""
+    if cache.store.get(layout.commit_path(cache.name, unit.unit_id)) is None:
+        return None
+    return cache.commit(unit.unit_id)
+
+
+def load_images(items: Sequence[Item]) -> tuple[dict[str, LakeImage], Errors]:
+    """Every image of the items by its sha256, and an error for each item whose image cannot be used.
+
+    Raises `DataError` (`input_changed`) if an image is not the one that was planned: the plan is then not the plan of
+    this data, and what would be written is not what the fingerprint says.
+    """
+    images: dict[str, LakeImage] = {}
+    errors: Errors = {}
+    for item in items:
+        try:
+            for reference, planned in zip(item.images, item.image_sha256, strict=True):
+                if planned in images:
+                    continue
+                image = inspect_image(reference.load())
+                if image.image_sha256 != planned:
+                    raise DataError(
+                        f"input_changed: image {reference.path} of {item.item_id!r} has sha256 {image.image_sha256}, "
+                        f"it was {planned} when the plan was made; restore it, or capture into a new cache"
+                    )
+                images[planned] = image
+        except ImageError as error:
+            code, _, message = str(error).partition(": ")
+            errors[item.item_id] = UnitError(sample_id=item.item_id, code=code, message=message)
+    return images, errors
+
+
+def requests_of(item: Item, images: Mapping[str, LakeImage]) -> list[ScoreRequest]:
+    """What to ask the teacher about the item: one request for a sample, chosen and rejected for a pair."""
+    data = tuple(images[sha256].data for sha256 in item.image_sha256)
+    if isinstance(item, PlannedSample):
+        return [
+            ScoreRequest(
+                item.sample_id, item.prompt_ids, item.prompt_lengths, item.response_ids, item.response_lengths, data
+            )
+        ]
+    return [_pair_request(item, role, data) for role in ("chosen", "rejected")]
+
+
+def accept(
+    item: Item, answer: ScoredSample | SampleProblem, num_tokens: int, vocab_size: int
+) -> ScoredSample | UnitError:
+    """The answer if it may be written, else why not. `num_tokens` is the number of response tokens asked about."""
+    if isinstance(answer, SampleProblem):
+        return UnitError(sample_id=item.item_id, code=answer.code, message=answer.message)
+    if len(answer.rows.topk_ids_TK) != num_tokens:
+        return UnitError(
+            sample_id=item.item_id,
+            code="teacher_invalid",
+            message=f"the teacher returned {len(answer.rows.topk_ids_TK)} rows for {num_tokens} response tokens",
+        )
+    try:
+        check_rows(answer.rows, vocab_size)
+    except EngineError as error:
+        code, _, message = str(error).partition(": ")
+        return UnitError(sample_id=item.item_id, code=code, message=message)
+    return answer
+
+
+def crash_errors(unit: Unit, crashed: Mapping[str, str]) -> Errors:
+    """An error for each item of the unit that is known to kill the teacher."""
+    return {
+        item.item_id: UnitError(sample_id=item.item_id, code="teacher_crashed", message=crashed[item.item_id])
+        for item in unit.items
+        if item.item_id in crashed
+    }
+
+
+def in_order(unit: Unit, errors: Errors) -> list[UnitError]:
+    """The errors in the order of the unit's items, so that the commit record has one form."""
+    return [errors[item.item_id] for item in unit.items if item.item_id in errors]
+
+
+def images_of(captured: Iterable[tuple[str, ...]], images: Mapping[str, LakeImage]) -> list[LakeImage]:
+    """The images that the captured rows name, each once, in the order of first mention."""
+    return [images[sha256] for sha256 in dict.fromkeys(sha256 for row in captured for sha256 in row)]
+
+
+def _pair_request(pair: PlannedPair, role: str, data: tuple[bytes, ...]) -> ScoreRequest:
+    response_ids = pair.chosen_ids if role == "chosen" else pair.rejected_ids
+    return ScoreRequest(
+        f"{pair.pair_id}/{role}",
+        pair.prompt_ids,
+        np.array([len(pair.prompt_ids)], np.int32),
+        response_ids,
+        np.array([len(response_ids)], np.int32),
+        data,
+    )

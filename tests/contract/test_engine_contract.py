@@ -1,0 +1,342 @@
+"""One behaviour suite for every teacher engine: fake, hf and vllm pass the same laws.
+
+The two real engines load the same tiny random LLaVA. vLLM runs on the CPU where it is installed; elsewhere its cases
+are skipped with the reason, or fail when LOGITLAKE_REQUIRE_VLLM=1 says that it must be there.
+"""
+
+import importlib.util
+import io
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from logitlake_shared.errors import EngineError
+from logitlake_shared.rendering import Renderer
+from logitlake_shared.topk import check_rows
+from logitlake_teacher.config import EngineConfig, FakeEngineConfig, HfEngineConfig, VllmEngineConfig
+from logitlake_teacher.engines import (
+    Engine,
+    EngineSetup,
+    SampleProblem,
+    ScoredSample,
+    ScoreRequest,
+    build_engine,
+    identify_engine,
+)
+
+K = 8
+CONTEXT = 120
+# float32 sums in another order: the batch that a sample shares decides how matrices are cut. Seen up to 4e-6.
+BATCH_TOLERANCE = 5e-5
+# vLLM's tail is one minus the sum of the head, known to 1e-7: at a tail of 1e-3 that is 1e-4 of its logarithm.
+TAIL_TOLERANCE = 1e-3
+
+CONFIGS: dict[str, EngineConfig] = {
+    "fake": FakeEngineConfig(tokens_per_image=16, context_length=CONTEXT),
+    "hf": HfEngineConfig(batch_tokens=256, context_length=CONTEXT),
+    # vLLM counts the one token that it generates.
+    "vllm": VllmEngineConfig(batch_tokens=256, context_length=CONTEXT + 1),
+}
+
+MakeEngine = Callable[[int], Engine]
+
+
+# vLLM and torch's compiler warn about themselves while they load; that is not ours to mend.
+VLLM_MARKS = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+def _require_vllm() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        if os.environ.get("LOGITLAKE_REQUIRE_VLLM") == "1":
+            pytest.fail("LOGITLAKE_REQUIRE_VLLM=1, but vLLM is not installed")
+        pytest.skip("vLLM is not installed (logitlake[teacher-cpu])")
+
+
+@pytest.fixture(
+    scope="module",
+    params=["fake", "hf", pytest.param("vllm", marks=VLLM_MARKS)],
+)
+def engine_config(request: pytest.FixtureRequest) -> EngineConfig:
+    """The configuration of each engine in turn."""
+    if request.param == "vllm":
+        _require_vllm()
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_teacher: Path) -> EngineSetup:
+    """What every engine is told about the tiny teacher."""
+    renderer = Renderer(tiny_teacher)
+    return EngineSetup(
+        tiny_teacher, renderer.vocab_size, renderer.eos_id, renderer.image_token_id, k=K, num_threads=1
+    )
+
+
+@pytest.fixture(scope="module")
+def make_engine(engine_config: EngineConfig, setup: EngineSetup) -> Iterator[MakeEngine]:
+    """`make_engine(k)`: an engine with that k, made once."""
+    made: dict[int, Engine] = {}
+
+    def make(k: int) -> Engine:
+        if k not in made:
+            made[k] = build_engine(engine_config, replace(setup, k=k))
+        return made[k]
+
+    yield make
+    for engine in made.values():
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def engine(make_engine: MakeEngine) -> Engine:
+    """The engine with k = K."""
+    return make_engine(K)
+
+
+def noise_png(seed: int) -> bytes:
+    """A 32x32 picture of noise: the size of the tower, so that no resampling takes part."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, size=(32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels, "RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def ask(tiny_teacher: Path) -> Callable[..., ScoreRequest]:
+    """`ask("id", ["question", "answer", ...], image=bytes | None)`: the request for that conversation."""
+    renderer = Renderer(tiny_teacher)
+
+    def make(sample_id: str, turns: list[str], image: bytes | None = None) -> ScoreRequest:
+        messages = []
+        for number, text in enumerate(turns):
+            parts: list[dict[str, str]] = [{"type": "text", "text": text}]
+            if number == 0 and image is not None:
+                parts = [{"type": "image"}, *parts]
+            messages.append(
+                {"role": "user", "content": parts} if number % 2 == 0 else {"role": "assistant", "content": text}
+            )
+        rendered = renderer.render(messages)
+        return ScoreRequest(
+            sample_id,
+            rendered.prompt_ids,
+            rendered.prompt_lengths,
+            rendered.response_ids,
+            rendered.response_lengths,
+            () if image is None else (image,),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def requests(ask: Callable[..., ScoreRequest]) -> list[ScoreRequest]:
+    """Samples of different lengths: with and without an image, one and two turns."""
+    return [
+        ask("one", ["what is in the picture?", "a red seven"], noise_png(1)),
+        ask("two", ["how many digits are there?", "three", "is there a blue two?", "yes"], noise_png(2)),
+        ask("text", ["is there a seven?", "none at all, and no picture either"]),
+        ask("short", ["what?", "no"], noise_png(1)),
+    ]
+
+
+def scored(answer: object) -> ScoredSample:
+    """The answer, which must not be a problem."""
+    assert isinstance(answer, ScoredSample), answer
+    return answer
+
+
+def assert_same_rows(one: ScoredSample, other: ScoredSample, tolerance: float) -> None:
+    """Equal ranks of labels and equal logprobs within the tolerance."""
+    np.testing.assert_array_equal(one.rows.label_rank_T, other.rows.label_rank_T)
+    np.testing.assert_allclose(one.rows.label_logprob_T, other.rows.label_logprob_T, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(one.rows.topk_logprobs_TK, other.rows.topk_logprobs_TK, atol=tolerance, rtol=0)
+
+
+def test_one_row_a_response_token_in_the_order_of_the_requests(engine: Engine, requests: list[ScoreRequest]) -> None:
+    """Rows are [T, K] of the promised dtypes, and answers come in the order of the requests."""
+    answers = [scored(answer) for answer in engine.score(requests)]
+    assert [answer.sample_id for answer in answers] == ["one", "two", "text", "short"]
+    for request, answer in zip(requests, answers, strict=True):
+        num_tokens = len(request.response_ids)
+        assert answer.rows.topk_ids_TK.shape == answer.rows.topk_logprobs_TK.shape == (num_tokens, K)
+        assert answer.rows.label_logprob_T.shape == answer.rows.label_rank_T.shape == (num_tokens,)
+        assert answer.rows.topk_ids_TK.dtype == answer.rows.label_rank_T.dtype == np.int32
+        assert answer.rows.topk_logprobs_TK.dtype == answer.rows.log_tail_mass_T.dtype == np.float32
+
+
+def test_an_image_is_sixteen_tokens_of_the_expanded_length(engine: Engine, requests: list[ScoreRequest]) -> None:
+    """`expanded_length` counts the images' tokens; ids went in with one placeholder an image."""
+    for request, answer in zip(requests, engine.score(requests), strict=True):
+        unexpanded = len(request.prompt_ids) + len(request.response_ids)
+        assert scored(answer).expanded_length == unexpanded + 15 * len(request.images)
+
+
+def test_rows_are_distributions(engine: Engine, requests: list[ScoreRequest], setup: EngineSetup) -> None:
+    """Finite, in rank order, ids unique and inside the vocabulary, top-k and tail sum to one."""
+    for answer in engine.score(requests):
+        check_rows(scored(answer).rows, setup.vocab_size)
+
+
+def test_label_rank_and_logprob_agree_with_the_top_k(engine: Engine, requests: list[ScoreRequest]) -> None:
+    """A label of rank r <= K is the r-th entry, with its logprob; any other is outside and below the last entry."""
+    for request, answer in zip(requests, engine.score(requests), strict=True):
+        rows = scored(answer).rows
+        for t, label in enumerate(request.response_ids):
+            rank = int(rows.label_rank_T[t])
+            if rank <= K:
+                assert rows.topk_ids_TK[t, rank - 1] == label
+                assert rows.topk_logprobs_TK[t, rank - 1] == rows.label_logprob_T[t]
+            else:
+                assert label not in rows.topk_ids_TK[t]
+                assert rows.label_logprob_T[t] <= rows.topk_logprobs_TK[t, -1]
+
+
+def test_the_same_call_gives_the_same_bytes(engine: Engine, requests: list[ScoreRequest]) -> None:
+    """Bit for bit."""
+    for one, other in zip(engine.score(requests), engine.score(requests), strict=True):
+        first, second = scored(one).rows, scored(other).rows
+        for name in vars(first):
+            assert getattr(first, name).tobytes() == getattr(second, name).tobytes(), name
+
+
+def test_the_order_of_the_requests_does_not_matter(engine: Engine, requests: list[ScoreRequest]) -> None:
+    """Reversed, or alone: the same rows within the rounding of float32."""
+    forward = engine.score(requests)
+    backward = engine.score(requests[::-1])[::-1]
+    alone = [engine.score([request])[0] for request in requests]
+    for one, other, single in zip(forward, backward, alone, strict=True):
+        assert_same_rows(scored(one), scored(other), BATCH_TOLERANCE)
+        assert_same_rows(scored(one), scored(single), BATCH_TOLERANCE)
+
+
+def test_a_row_depends_on_its_prefix_only(engine: Engine, ask: Callable[..., ScoreRequest]) -> None:
+    """A response cut short keeps the rows of what is left."""
+    whole = ask("whole", ["what is in the picture?", "a red seven and a blue two"], noise_png(3))
+    num_left = len(whole.response_ids) - 4
+    cut = replace(
+        whole, response_ids=whole.response_ids[:num_left], response_lengths=np.array([num_left], dtype=np.int32)
+    )
+    long, short = (scored(answer).rows for answer in engine.score([whole, cut]))
+    np.testing.assert_allclose(long.topk_logprobs_TK[:num_left], short.topk_logprobs_TK, atol=BATCH_TOLERANCE, rtol=0)
+    np.testing.assert_array_equal(long.label_rank_T[:num_left], short.label_rank_T)
+
+
+def test_an_earlier_turn_may_as_well_be_prompt(engine: Engine, ask: Callable[..., ScoreRequest]) -> None:
+    """The rows of a second turn are those of the same tokens asked for as one turn behind a longer prompt."""
+    two = ask("two", ["how many digits are there?", "three", "is there a blue two?", "yes"], noise_png(2))
+    first, second = (int(length) for length in two.response_lengths)
+    history = np.concatenate(
+        [two.prompt_ids[: two.prompt_lengths[0]], two.response_ids[:first], two.prompt_ids[two.prompt_lengths[0] :]]
+    )
+    one = ScoreRequest(
+        "one",
+        history,
+        np.array([len(history)], np.int32),
+        two.response_ids[first:],
+        np.array([second], np.int32),
+        two.images,
+    )
+    both, last = (scored(answer).rows for answer in engine.score([two, one]))
+    np.testing.assert_allclose(both.topk_logprobs_TK[first:], last.topk_logprobs_TK, atol=BATCH_TOLERANCE, rtol=0)
+    np.testing.assert_array_equal(both.label_rank_T[first:], last.label_rank_T)
+
+
+def test_the_image_is_seen(engine: Engine, ask: Callable[..., ScoreRequest]) -> None:
+    """Another picture, other rows; the same picture, the same rows."""
+    turns = ["what is in the picture?", "a red seven"]
+    pictures = [ask("a", turns, noise_png(1)), ask("b", turns, noise_png(2)), ask("c", turns, noise_png(1))]
+    one, other, again = (scored(answer) for answer in engine.score(pictures))
+    assert np.abs(one.rows.topk_logprobs_TK - other.rows.topk_logprobs_TK).max() > 10 * BATCH_TOLERANCE
+    assert_same_rows(one, again, BATCH_TOLERANCE)
+
+
+def test_the_whole_vocabulary_leaves_no_tail(
+    make_engine: MakeEngine, requests: list[ScoreRequest], setup: EngineSetup
+) -> None:
+    """k = vocabulary: every token once, tail -inf; and the tail at K is what the other entries sum to."""
+    everything = make_engine(setup.vocab_size).score(requests)
+    for full, top in zip(everything, make_engine(K).score(requests), strict=True):
+        rows = scored(full).rows
+        assert np.all(np.isneginf(rows.log_tail_mass_T))
+        assert np.all(np.sort(rows.topk_ids_TK, axis=1) == np.arange(setup.vocab_size))
+        check_rows(rows, setup.vocab_size)
+        left_out_T = np.logaddexp.reduce(rows.topk_logprobs_TK[:, K:].astype(np.float64), axis=1)
+        np.testing.assert_allclose(scored(top).rows.log_tail_mass_T, left_out_T, atol=TAIL_TOLERANCE, rtol=0)
+
+
+def test_a_sample_over_the_context_is_a_problem_of_its_own(
+    engine: Engine, ask: Callable[..., ScoreRequest], requests: list[ScoreRequest]
+) -> None:
+    """`prompt_too_long` with both numbers; the neighbours are scored as ever. Exactly the context still fits."""
+    long = ask("long", ["what?", "x" * CONTEXT])
+    long_length = len(long.prompt_ids) + len(long.response_ids)
+    fits = ask("fits", ["what?", "x" * (CONTEXT - (long_length - CONTEXT))])
+    assert len(fits.prompt_ids) + len(fits.response_ids) == CONTEXT
+    answers = engine.score([requests[0], long, fits])
+    problem = answers[1]
+    assert isinstance(problem, SampleProblem)
+    assert (problem.sample_id, problem.code) == ("long", "prompt_too_long")
+    assert str(long_length) in problem.message
+    assert str(CONTEXT) in problem.message
+    assert scored(answers[2]).expanded_length == CONTEXT
+    assert_same_rows(scored(answers[0]), scored(engine.score([requests[0]])[0]), BATCH_TOLERANCE)
+
+
+def test_an_image_that_does_not_decode_is_a_problem_of_its_own(
+    engine: Engine, ask: Callable[..., ScoreRequest], requests: list[ScoreRequest]
+) -> None:
+    """`image_decode` for a picture cut in the middle; the neighbours are scored as ever."""
+    data = noise_png(5)
+    broken = ask("broken", ["what is in the picture?", "no"], data[: len(data) // 2])
+    answers = engine.score([broken, requests[0]])
+    problem = answers[0]
+    assert isinstance(problem, SampleProblem)
+    assert (problem.sample_id, problem.code) == ("broken", "image_decode")
+    assert_same_rows(scored(answers[1]), scored(engine.score([requests[0]])[0]), BATCH_TOLERANCE)
+
+
+def test_what_the_teacher_says_by_itself_is_its_first_choice(
+    engine: Engine, requests: list[ScoreRequest], ask: Callable[..., ScoreRequest]
+) -> None:
+    """Greedy generation and scoring are one model: each generated token, scored, has rank 1."""
+    asked = ask("asked", ["what is in the picture?", "-"], noise_png(4))
+    prompt = replace(asked, response_ids=np.zeros(0, np.int32), response_lengths=np.array([0], np.int32))
+    (candidates,) = engine.generate([prompt], max_new_tokens=6, n=1, temperature=0.0, seed=0)
+    assert not isinstance(candidates, SampleProblem)
+    said = candidates[0].response_ids
+    assert 1 <= len(said) <= 6
+    forced = replace(asked, response_ids=said, response_lengths=np.array([len(said)], np.int32))
+    assert scored(engine.score([forced])[0]).rows.label_rank_T.tolist() == [1] * len(said)
+
+
+def test_candidates_follow_the_seed(engine: Engine, ask: Callable[..., ScoreRequest]) -> None:
+    """The same seed draws the same candidates, another seed others; each candidate is a draw of its own."""
+    asked = ask("asked", ["what is in the picture?", "-"], noise_png(4))
+    prompt = replace(asked, response_ids=np.zeros(0, np.int32), response_lengths=np.array([0], np.int32))
+
+    def draw(seed: int) -> list[list[int]]:
+        (candidates,) = engine.generate([prompt], max_new_tokens=8, n=3, temperature=1.0, seed=seed)
+        assert not isinstance(candidates, SampleProblem)
+        return [candidate.response_ids.tolist() for candidate in candidates]
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    assert len({tuple(ids) for ids in draw(0)}) > 1
+
+
+def test_an_engine_is_who_it_said_it_would_be(
+    engine: Engine, engine_config: EngineConfig, setup: EngineSetup
+) -> None:
+    """`describe()` equals what `identify_engine` says without loading anything; k and threads are no part of it."""
+    assert engine.describe() == identify_engine(engine_config, replace(setup, k=1, num_threads=2))
+
+
+def test_more_entries_than_the_vocabulary_are_refused(engine_config: EngineConfig, setup: EngineSetup) -> None:
+    """k > vocabulary cannot be answered, and says so before anything is captured."""
+    with pytest.raises(EngineError, match="codec.k_max"):
+        build_engine(engine_config, replace(setup, k=setup.vocab_size + 1))

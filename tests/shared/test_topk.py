@@ -1,0 +1,121 @@
+"""Laws of the top-k codec."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from logitlake_schemas import CodecPolicy
+from logitlake_shared.errors import EngineError
+from logitlake_shared.topk import GRID_LEVELS, TeacherRows, _grid, check_rows, decode, encode, stored_error, stored_kl
+
+VOCAB_SIZE = 40
+# float32 exponentials of at most 40 entries, summed.
+SUM_TOLERANCE = 1e-5
+# decode() rounds each logprob to float32 once more (6e-8 relative), which enters the KL at first order.
+FLOAT32_KL = 1e-6
+# The default budget of a spec, in nats: what the writer would refuse.
+GRID_KL_BUDGET = 2e-4
+
+Rows = Callable[..., TeacherRows]
+
+
+@given(seed=st.integers(0, 2**32), k=st.integers(1, VOCAB_SIZE), p_min=st.sampled_from([0.0, 1e-3, 0.05]))
+def test_decoded_rows_are_a_distribution(seed: int, k: int, p_min: float) -> None:
+    """Head and tail sum to one, in rank order, whatever the policy keeps."""
+    rows = _rows(seed, k)
+    _, logprobs, log_tail = decode(encode(rows, CodecPolicy(k_max=k, k_min=1, p_min=p_min)))
+    total = np.exp(logprobs.astype(np.float64)).sum(1) + np.exp(log_tail.astype(np.float64))
+    assert np.abs(total - 1).max() < SUM_TOLERANCE
+    finite = np.where(np.isfinite(logprobs), logprobs, -1e9)
+    assert (np.diff(finite, axis=1) <= 0).all()
+
+
+@given(seed=st.integers(0, 2**32))
+def test_exact_profile_with_everything_kept_is_lossless(seed: int) -> None:
+    """grid=exact, p_min=0: what comes back is what went in, and the measured error is zero."""
+    rows = _rows(seed, 8)
+    stored = encode(rows, CodecPolicy(k_max=8, k_min=1, p_min=0.0, grid="exact"))
+    ids, logprobs, log_tail = decode(stored)
+    assert (ids == rows.topk_ids_TK).all()
+    np.testing.assert_allclose(logprobs, rows.topk_logprobs_TK, atol=SUM_TOLERANCE)
+    np.testing.assert_allclose(log_tail, rows.log_tail_mass_T, atol=SUM_TOLERANCE)
+    assert stored_error([(rows, stored)]).kl_max < FLOAT32_KL
+
+
+@given(seed=st.integers(0, 2**32))
+def test_grid_stays_within_the_budget(seed: int) -> None:
+    """The 256-level grid costs less than the default budget on any distribution, and never a negative KL."""
+    rows = _rows(seed, 32)
+    kl = stored_kl(rows, encode(rows, CodecPolicy(k_max=32, p_min=0.0)))
+    assert (kl >= 0).all()
+    assert kl.mean() < GRID_KL_BUDGET
+
+
+def test_grid_has_256_levels_and_one_byte_codes_suffice() -> None:
+    """Parquet's dictionary holds one-byte codes only up to 256 values."""
+    assert len(np.unique(_grid())) == GRID_LEVELS == 256
+    assert _grid()[-1] == 0
+
+
+def test_adaptive_k_by_hand() -> None:
+    """p = .6 .3 .06 .03 | tail .01, floor .05, at least 1: three entries stay, .03 joins the tail: .04."""
+    p = np.array([[0.6, 0.3, 0.06, 0.03]])
+    rows = TeacherRows(
+        topk_ids_TK=np.array([[3, 1, 4, 2]], np.int32),
+        topk_logprobs_TK=np.log(p).astype(np.float32),
+        label_logprob_T=np.log([0.3]).astype(np.float32),
+        label_rank_T=np.array([2], np.int32),
+        log_tail_mass_T=np.log([0.01]).astype(np.float32),
+    )
+    stored = encode(rows, CodecPolicy(k_max=4, k_min=1, p_min=0.05, grid="exact"))
+    assert stored.k_T.tolist() == [3]
+    assert stored.topk_ids.tolist() == [3, 1, 4]
+    assert float(np.exp(stored.log_tail_mass_T[0])) == pytest.approx(0.04, rel=1e-5)
+    # -(.6 ln .6 + .3 ln .3 + .06 ln .06 + .03 ln .03 + .01 ln .01) = 0.98773
+    assert float(stored.entropy_T[0]) == pytest.approx(0.98773, abs=1e-4)
+
+
+def test_a_full_vocabulary_has_no_tail(teacher_rows: Rows) -> None:
+    """k = vocabulary: the tail is -inf going in and coming out."""
+    rows = teacher_rows(3, VOCAB_SIZE, 0)
+    stored = encode(rows, CodecPolicy(k_max=VOCAB_SIZE, k_min=1, p_min=0.0))
+    assert np.isneginf(decode(stored)[2]).all()
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (lambda rows: rows.topk_logprobs_TK.__setitem__((0, 0), np.nan), "teacher_nonfinite"),
+        (lambda rows: rows.topk_ids_TK.__setitem__((0, 0), VOCAB_SIZE), "padded vocabulary"),
+        (lambda rows: rows.topk_logprobs_TK.__setitem__((0, 1), 0.0), "falling order"),
+        (lambda rows: rows.topk_ids_TK.__setitem__((0, 1), rows.topk_ids_TK[0, 0]), "occurs twice"),
+        (lambda rows: rows.log_tail_mass_T.__setitem__(0, 0.0), "sum to"),
+    ],
+)
+def test_what_must_never_be_written_is_refused(
+    teacher_rows: Rows, damage: Callable[[TeacherRows], None], code: str
+) -> None:
+    """Each way in which a teacher can be wrong has its own message."""
+    rows = teacher_rows(2, 8, 0)
+    check_rows(rows, VOCAB_SIZE)
+    damage(rows)
+    with pytest.raises(EngineError, match=code):
+        check_rows(rows, VOCAB_SIZE)
+
+
+def _rows(seed: int, k: int) -> TeacherRows:
+    logits = np.random.default_rng(seed).normal(scale=3, size=(5, VOCAB_SIZE))
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    order = np.argsort(-logprobs, axis=1)
+    with np.errstate(divide="ignore"):
+        log_tail = np.log(np.exp(np.take_along_axis(logprobs, order[:, k:], 1)).sum(1))
+    return TeacherRows(
+        topk_ids_TK=order[:, :k].astype(np.int32),
+        topk_logprobs_TK=np.take_along_axis(logprobs, order[:, :k], 1).astype(np.float32),
+        label_logprob_T=logprobs[:, 0].astype(np.float32),
+        label_rank_T=(order == 0).argmax(1).astype(np.int32) + 1,
+        log_tail_mass_T=log_tail.astype(np.float32),
+    )
