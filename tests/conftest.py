@@ -155,7 +155,12 @@ def png() -> Callable[[int], bytes]:
     return make_png
 
 
-_TINY_CORPUS = ("what is in the picture?", "a red seven and a blue two", "how many digits are there? three", "yes no none")
+_TINY_CORPUS = (
+    "what is in the picture?",
+    "a red seven and a blue two",
+    "how many digits are there? three",
+    "yes no none",
+)
 _TINY_TEMPLATE = (
     "{%- for message in messages -%}{{- '<' + message['role'] + '>' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}{%- for part in message['content'] -%}"

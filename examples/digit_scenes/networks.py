@@ -128,7 +128,9 @@ def save_canonical(model: Any, folder: Path) -> None:
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         tensors[_published_name(name, type(model).__name__)] = tensor.detach().to("cpu", torch.float32).contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors writes for the owner alone
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:

@@ -137,7 +137,7 @@ def read_rlaif_v(path: Path, *, source: str | None = None) -> Iterator[Preferenc
                 raise DataError(f"{where}: chosen and rejected are the same text; drop the row")
             yield PreferencePair(
                 pair_id=str(record["idx"]) if record.get("idx") is not None else str(row),
-                task=str(record.get("origin_split") or "preference"),
+                task=_pair_task(record.get("origin_split")),
                 source=str(source or record.get("ds_name") or path.stem),
                 split="train",
                 messages=[
@@ -151,6 +151,15 @@ def read_rlaif_v(path: Path, *, source: str | None = None) -> Iterator[Preferenc
                 rejected=record["rejected"],
             )
             row += 1
+
+
+def _pair_task(origin_split: str | None) -> str:
+    """RLAIF-V writes where a question comes from as JSON text, e.g. `{"type": "detailed_description", …}`."""
+    try:
+        origin = json.loads(origin_split or "")
+    except json.JSONDecodeError:
+        return origin_split or "preference"
+    return str(origin.get("type", "preference")) if isinstance(origin, dict) else "preference"
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:

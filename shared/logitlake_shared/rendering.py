@@ -40,12 +40,10 @@ class Renderer:
     """Renders with the tokenizer and chat template saved in `model_dir`. Raises `ConfigError` when they are missing."""
 
     def __init__(self, model_dir: Path) -> None:
-        from transformers import AutoTokenizer
-
         if not model_dir.is_dir():
             raise ConfigError(f"{model_dir}: no such model folder")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+            self._tokenizer = _load_tokenizer(model_dir)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{model_dir}: no tokenizer that transformers can load: {error}") from error
         if not self._tokenizer.chat_template:
@@ -126,6 +124,18 @@ class Renderer:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _load_tokenizer(model_dir: Path) -> Any:
+    # tokenizer.json is the whole tokenizer. Read as such it needs no torch, whose import takes seconds: a finished
+    # capture is recognised in one.
+    if (model_dir / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(model_dir)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir)
 
 
 def _text(content: str | Sequence[Mapping[str, Any]]) -> str:

@@ -5,9 +5,10 @@
     d2s         feed-forward networks, experts, routers, projector   dense to sparse
     preference  the same as d2s
 
-The vision tower never trains. In `d2s` and `preference` the feed-forward networks of the dense layers train as well as
-the experts; attention, norms, embeddings and head stay as d2d left them. This is LLaVA-MoD's list (its scripts train
-every parameter whose name contains `mlp.gate_proj`, `mlp.up_proj`, `mlp.down_proj` or the router's name).
+The vision tower never trains. In `d2s` and `preference` the feed-forward networks of the dense layers train
+as well as the experts; attention, norms, embeddings and head stay as d2d left them. This is LLaVA-MoD's list
+(its scripts train every parameter whose name contains `mlp.gate_proj`, `mlp.up_proj`, `mlp.down_proj` or the
+router's name).
 """
 
 from typing import Any, Literal, get_args

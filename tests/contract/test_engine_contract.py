@@ -72,9 +72,7 @@ def engine_config(request: pytest.FixtureRequest) -> EngineConfig:
 def setup(tiny_teacher: Path) -> EngineSetup:
     """What every engine is told about the tiny teacher."""
     renderer = Renderer(tiny_teacher)
-    return EngineSetup(
-        tiny_teacher, renderer.vocab_size, renderer.eos_id, renderer.image_token_id, k=K, num_threads=1
-    )
+    return EngineSetup(tiny_teacher, renderer.vocab_size, renderer.eos_id, renderer.image_token_id, k=K, num_threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -329,14 +327,12 @@ def test_candidates_follow_the_seed(engine: Engine, ask: Callable[..., ScoreRequ
     assert len({tuple(ids) for ids in draw(0)}) > 1
 
 
-def test_an_engine_is_who_it_said_it_would_be(
-    engine: Engine, engine_config: EngineConfig, setup: EngineSetup
-) -> None:
+def test_an_engine_is_who_it_said_it_would_be(engine: Engine, engine_config: EngineConfig, setup: EngineSetup) -> None:
     """`describe()` equals what `identify_engine` says without loading anything; k and threads are no part of it."""
     assert engine.describe() == identify_engine(engine_config, replace(setup, k=1, num_threads=2))
 
 
 def test_more_entries_than_the_vocabulary_are_refused(engine_config: EngineConfig, setup: EngineSetup) -> None:
     """k > vocabulary cannot be answered, and says so before anything is captured."""
-    with pytest.raises(EngineError, match="codec.k_max"):
+    with pytest.raises(EngineError, match=r"codec\.k_max"):
         build_engine(engine_config, replace(setup, k=setup.vocab_size + 1))

@@ -116,7 +116,8 @@ def test_processor_gives_what_training_saw(tokenizer: Any) -> None:
 
     processor = AutoProcessor.from_pretrained(MODELS / "teacher")
     scene = draw_scene("test", np.random.default_rng(0))
-    inputs = processor(images=Image.fromarray(scene.pixels_HWC), text="<user><image>Hm?<assistant>", return_tensors="pt")
+    picture = Image.fromarray(scene.pixels_HWC)
+    inputs = processor(images=picture, text="<user><image>Hm?<assistant>", return_tensors="pt")
     expected = networks.normalise(torch.from_numpy(scene.pixels_HWC)[None])
     torch.testing.assert_close(inputs["pixel_values"], expected, atol=1e-6, rtol=0)
     image_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -131,7 +132,8 @@ def test_packed_questions_equal_separate_conversations(tokenizer: Any) -> None:
     teacher = AutoModelForImageTextToText.from_pretrained(MODELS / "teacher").eval()
     rng = np.random.default_rng(3)
     scenes = [draw_scene("train", rng) for _ in range(2)]
-    rows = [[encode_turn(tokenizer, *turn) for turn in draw_turns(scene.objects, FaultRates(), rng)] for scene in scenes]
+    asked = [draw_turns(scene.objects, FaultRates(), rng) for scene in scenes]
+    rows = [[encode_turn(tokenizer, *turn) for turn in turns] for turns in asked]
     pixels_BCHW = networks.normalise(torch.from_numpy(np.stack([scene.pixels_HWC for scene in scenes])))
 
     packed = pack(rows, tokenizer)

@@ -86,11 +86,20 @@ def test_a_json_object_is_not_a_list(tmp_path: Path) -> None:
 
 def test_rlaif_v_rows_and_their_faults(tmp_path: Path) -> None:
     """A row becomes a pair with its image at hand; equal answers and empty images are refused by row."""
-    row = {"idx": 3, "image": {"bytes": b"png", "path": "x"}, "question": "Q", "chosen": "a", "rejected": "b"}
+    origin = json.dumps({"type": "caption", "model": "m"})
+    row = {
+        "idx": 3,
+        "origin_split": origin,
+        "image": {"bytes": b"png", "path": "x"},
+        "question": "Q",
+        "chosen": "a",
+        "rejected": "b",
+    }
     good = tmp_path / "good.parquet"
     pq.write_table(pa.Table.from_pylist([row]), good)
     (pair,) = read_rlaif_v(good)
     assert (pair.pair_id, pair.chosen, pair.rejected, pair.images[0].load()) == ("3", "a", "b", b"png")
+    assert pair.task == "caption"
     for fault, said in (
         ({"rejected": "a"}, "row 1: chosen and rejected are the same"),
         ({"image": {"bytes": b"", "path": "x"}}, r"row 1: `image\.bytes` is empty"),

@@ -9,9 +9,7 @@ from logitlake_shared.errors import ConfigError
 from logitlake_student.models.upcycle import upcycle
 from logitlake_student.stages import STAGES, freeze_for_stage, trainable_parameters
 
-PROJECTOR = {
-    f"model.multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
-}
+PROJECTOR = {f"model.multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
 LM = "model.language_model."
 ATTENTION = {f"self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
 NORMS = {"input_layernorm.weight", "post_attention_layernorm.weight"}
@@ -47,9 +45,7 @@ def test_d2s_and_preference_train_ffns_experts_routers_and_projector(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_freezing_sets_exactly_these_and_forgets_the_stage_before(
-    stage: Any, tiny_llava: Callable[..., Any]
-) -> None:
+def test_freezing_sets_exactly_these_and_forgets_the_stage_before(stage: Any, tiny_llava: Callable[..., Any]) -> None:
     """requires_grad says what the list says, after any other stage; the vision tower never trains."""
     model = tiny_llava()
     for before in STAGES:

@@ -41,7 +41,9 @@ def test_equals_transformers_on_each_layer_with_padding() -> None:
 def test_even_routing_scores_the_number_of_chosen_experts_and_collapse_more() -> None:
     """Each expert first and second choice equally often: E * E * (k/E) * (1/E) = k. All on two: about E."""
     favourites_N = torch.arange(N) % E
-    even = 0.01 * (torch.nn.functional.one_hot(favourites_N, E) * 2 + torch.nn.functional.one_hot((favourites_N + 1) % E, E))
+    even = 0.01 * (
+        torch.nn.functional.one_hot(favourites_N, E) * 2 + torch.nn.functional.one_hot((favourites_N + 1) % E, E)
+    )
     collapsed = torch.tensor([20.0, 20.0, 0.0, 0.0]).repeat(N, 1)
     assert float(load_balancing_loss([even], ALL_N, TOP_K)) == pytest.approx(TOP_K, rel=RTOL)
     assert float(load_balancing_loss([collapsed], ALL_N, TOP_K)) == pytest.approx(E, rel=1e-4)
@@ -63,9 +65,7 @@ def test_padding_changes_nothing() -> None:
     other = torch.where(mask_N[:, None], logits, 100 * torch.randn(N, E, generator=torch.Generator().manual_seed(9)))
     for router in (logits[:8], other):
         mask = mask_N[: len(router)]
-        assert torch.equal(
-            load_balancing_loss([router], mask, TOP_K), load_balancing_loss([logits], mask_N, TOP_K)
-        )
+        assert torch.equal(load_balancing_loss([router], mask, TOP_K), load_balancing_loss([logits], mask_N, TOP_K))
         assert torch.equal(router_z_loss([router], mask), router_z_loss([logits], mask_N))
         a, b = (routing_statistics([r], m, TOP_K)[0] for r, m in ((router, mask), (logits, mask_N)))
         assert torch.equal(a.load_E, b.load_E)

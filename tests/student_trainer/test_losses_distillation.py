@@ -3,6 +3,7 @@
 Axes: R response rows, K cached tokens, V vocabulary, H hidden.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -38,9 +39,7 @@ def teacher_from_logits(logits_RV: Tensor, k: int, seed: int = 1) -> TeacherBatc
     top = logp_RV.topk(k, dim=-1)
     rest_RV = logp_RV.scatter(1, top.indices, -math.inf)
     labels_R = torch.randint(V, (len(logits_RV),), generator=torch.Generator().manual_seed(seed))
-    return TeacherBatch(
-        top.indices, top.values.float(), torch.logsumexp(rest_RV, dim=-1).float(), label_ids_R=labels_R
-    )
+    return TeacherBatch(top.indices, top.values.float(), torch.logsumexp(rest_RV, dim=-1).float(), label_ids_R=labels_R)
 
 
 def random_teacher(k: int, seed: int = 2, scale: float = 2.0) -> TeacherBatch:
@@ -58,9 +57,7 @@ def rows_of(teacher: TeacherBatch, rows: slice) -> TeacherBatch:
 
 
 def kl_sum(hidden_RH: Tensor, weight_VH: Tensor, teacher: TeacherBatch, chunk_rows: int = 3) -> float:
-    _, sums = distillation_loss(
-        hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=chunk_rows
-    )
+    _, sums = distillation_loss(hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=chunk_rows)
     return float(sums.kl_sum)
 
 
@@ -95,12 +92,10 @@ def test_never_negative_and_never_above_the_full_kl(seed: int) -> None:
     """0 <= bucket KL <= full KL, and more cached tokens never lower it."""
     hidden_RH, weight_VH = random_head(seed)
     teacher_logits_RV = 2 * torch.randn(R, V, generator=torch.Generator().manual_seed(100 + seed))
-    values = [
-        kl_sum(hidden_RH, weight_VH, teacher_from_logits(teacher_logits_RV, k)) for k in (1, 3, 8, 15, V - 1)
-    ]
+    values = [kl_sum(hidden_RH, weight_VH, teacher_from_logits(teacher_logits_RV, k)) for k in (1, 3, 8, 15, V - 1)]
     full = float(full_kl(hidden_RH @ weight_VH.t(), teacher_logits_RV).detach())
     bounds = [0.0, *values, full]
-    for lower, upper in zip(bounds, bounds[1:], strict=False):
+    for lower, upper in itertools.pairwise(bounds):
         assert lower <= upper * (1 + FP32_RTOL)
 
 
@@ -131,9 +126,7 @@ def test_k_of_the_whole_vocabulary_is_torchs_dense_kl(k: int) -> None:
 def test_cross_entropy_is_torchs() -> None:
     hidden_RH, weight_VH = random_head()
     teacher = random_teacher(4)
-    fast = value_and_grads(
-        distillation_loss, hidden_RH, weight_VH, teacher, kl_weight=0.0, ce_weight=1.0, chunk_rows=3
-    )
+    fast = value_and_grads(distillation_loss, hidden_RH, weight_VH, teacher, kl_weight=0.0, ce_weight=1.0, chunk_rows=3)
     ce = F.cross_entropy(hidden_RH @ weight_VH.t(), teacher.label_ids_R, reduction="sum")
     assert_close(fast, [ce.detach(), *torch.autograd.grad(ce, (hidden_RH, weight_VH))], FP32_RTOL, FP32_ATOL * R)
 
@@ -207,9 +200,7 @@ def test_chunking_changes_nothing(chunk_rows: int) -> None:
 @pytest.mark.parametrize(("kl_weight", "ce_weight"), [(1.0, 0.0), (0.0, 1.0), (0.9, 0.4)])
 @pytest.mark.parametrize("k", [1, 6, V])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
-def test_equals_its_twin_in_value_and_gradient(
-    kl_weight: float, ce_weight: float, k: int, scale: float
-) -> None:
+def test_equals_its_twin_in_value_and_gradient(kl_weight: float, ce_weight: float, k: int, scale: float) -> None:
     """Flat, ordinary and saturated students against full float64 logits under plain autograd."""
     hidden_RH, weight_VH = random_head(scale=scale)
     teacher = random_teacher(k)
@@ -225,9 +216,7 @@ def test_gradcheck_in_float64() -> None:
     teacher = random_teacher(4)
 
     def scaled(hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
-        loss, _ = distillation_loss(
-            hidden_RH, weight_VH, teacher, kl_weight=0.7, ce_weight=0.3, chunk_rows=3
-        )
+        loss, _ = distillation_loss(hidden_RH, weight_VH, teacher, kl_weight=0.7, ce_weight=0.3, chunk_rows=3)
         return -2.5 * loss
 
     assert torch.autograd.gradcheck(scaled, (hidden_RH, weight_VH))
@@ -245,9 +234,7 @@ def test_worked_example() -> None:
     teacher = TeacherBatch(
         torch.tensor([[0]]), torch.log(torch.tensor([[0.5]])), torch.log(torch.tensor([0.5])), torch.tensor([2])
     )
-    loss, sums = distillation_loss(
-        logits_1V, torch.eye(3), teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=8
-    )
+    loss, sums = distillation_loss(logits_1V, torch.eye(3), teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=8)
     (grad,) = torch.autograd.grad(loss, logits_1V)
     assert float(sums.kl_sum) == pytest.approx(0.5 * math.log(4 / 3), abs=FP32_ATOL)
     assert float(sums.ce_sum) == pytest.approx(math.log(2), abs=FP32_ATOL)
@@ -305,9 +292,7 @@ def test_tied_embeddings_get_both_gradients() -> None:
     teacher = random_teacher(5)
     grads = []
     for loss_fn, extra in ((distillation_loss, {"chunk_rows": 3}), (distillation_loss_reference, {})):
-        loss, _ = loss_fn(
-            F.embedding(ids_R, weight_VH), weight_VH, teacher, kl_weight=1.0, ce_weight=0.5, **extra
-        )
+        loss, _ = loss_fn(F.embedding(ids_R, weight_VH), weight_VH, teacher, kl_weight=1.0, ce_weight=0.5, **extra)
         grads.extend(torch.autograd.grad(loss, weight_VH))
     torch.testing.assert_close(grads[0].double(), grads[1].double(), rtol=FP32_RTOL, atol=FP32_ATOL * R)
 
@@ -330,9 +315,7 @@ def test_no_rows_is_zero() -> None:
     """A micro-batch without response tokens adds nothing, and its gradient is zero rather than missing."""
     hidden_RH, weight_VH = random_head()
     teacher = rows_of(random_teacher(5), slice(0, 0))
-    loss, sums = distillation_loss(
-        hidden_RH[:0], weight_VH, teacher, kl_weight=1.0, ce_weight=1.0, chunk_rows=3
-    )
+    loss, sums = distillation_loss(hidden_RH[:0], weight_VH, teacher, kl_weight=1.0, ce_weight=1.0, chunk_rows=3)
     grads = torch.autograd.grad(loss, (hidden_RH, weight_VH))
     assert float(loss.detach()) == float(sums.num_tokens) == 0.0
     assert not any(grad.any() for grad in grads)
@@ -363,9 +346,7 @@ def test_only_a_chunk_of_logits_lives() -> None:
         torch.zeros(num_rows, dtype=torch.long),
     )
     with Largest():
-        loss, _ = distillation_loss(
-            hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=1.0, chunk_rows=chunk_rows
-        )
+        loss, _ = distillation_loss(hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=1.0, chunk_rows=chunk_rows)
         loss.backward()
     assert largest == chunk_rows * vocab_size
 

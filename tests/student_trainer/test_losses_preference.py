@@ -47,7 +47,8 @@ def test_worked_example_of_each_loss() -> None:
     dpo      -log sigmoid(0.5 * 3) = log(1 + e^-1.5) = 0.2014
     ipo      (3 - 1)^2 = 4
     hinge    max(0, 1 - 1.5) = 0
-    kto_pair z_w = 2, z_l = max(0, -1) = 0: both terms are 1 - sigmoid: of 0.5 * (2 - 0) = 1 and 0.5 * (2 + 1) = 1.5
+    kto_pair z_w = 2, z_l = max(0, -1) = 0: both terms are 1 - sigmoid: of 0.5 * (2 - 0) = 1 and 0.5 * (2 + 1)
+    = 1.5
              (0.2689 + 0.1824) / 2 = 0.2257
     """
     expected = {"dpo": 0.2014133, "ipo": 4.0, "hinge": 0.0, "kto_pair": 0.2256838}
@@ -85,9 +86,7 @@ def test_dpo_at_the_reference_is_log_two() -> None:
     assert losses_P.tolist() == pytest.approx([math.log(2)] * 2)
 
 
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "dpo", "kto"), [(-5, -5, 0.050, 0.0235), (-60, -60, 0.050, 0.00025)]
-)
+@pytest.mark.parametrize(("chosen", "rejected", "dpo", "kto"), [(-5, -5, 0.050, 0.0235), (-60, -60, 0.050, 0.00025)])
 def test_kto_pair_saturates_below_the_reference_and_dpo_does_not(
     chosen: float, rejected: float, dpo: float, kto: float
 ) -> None:
@@ -116,9 +115,7 @@ def test_kto_baseline_is_detached_clamped_and_may_come_from_the_global_batch() -
         for rows in (slice(0, 2), slice(2, 4))
     ]
     torch.testing.assert_close(torch.cat(parts), whole)
-    other = preference_loss(
-        *inputs, kind="kto_pair", beta=0.3, baseline=KtoBaseline(z.chosen + 1, z.rejected)
-    )
+    other = preference_loss(*inputs, kind="kto_pair", beta=0.3, baseline=KtoBaseline(z.chosen + 1, z.rejected))
     assert (other.losses_P < whole).all()
 
 
@@ -152,9 +149,9 @@ def sequences() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
 def test_sequence_logprobs_equal_their_twin_in_value_and_gradient(chunk_rows: int) -> None:
     """Under a gradient that differs from sequence to sequence; a sequence without rows sums to zero."""
-    hidden_RH, weight_VH, labels_R, row_sequence_R = sequences()
-    fast_N = sequence_logprobs(hidden_RH, weight_VH, labels_R, row_sequence_R, 4, chunk_rows=chunk_rows)
-    slow_N = sequence_logprobs_reference(hidden_RH, weight_VH, labels_R, row_sequence_R, 4)
+    hidden_RH, weight_VH, labels_R, row_pair_index_R = sequences()
+    fast_N = sequence_logprobs(hidden_RH, weight_VH, labels_R, row_pair_index_R, 4, chunk_rows=chunk_rows)
+    slow_N = sequence_logprobs_reference(hidden_RH, weight_VH, labels_R, row_pair_index_R, 4)
     assert float(fast_N.detach()[2]) == 0.0
     torch.testing.assert_close(fast_N.double(), slow_N, rtol=RTOL, atol=SUM_ATOL)
     upstream_N = torch.tensor([1.0, -2.0, 5.0, 0.5])
@@ -165,20 +162,20 @@ def test_sequence_logprobs_equal_their_twin_in_value_and_gradient(chunk_rows: in
 
 
 def test_sequence_logprobs_pass_gradcheck() -> None:
-    hidden_RH, weight_VH, labels_R, row_sequence_R = sequences()
+    hidden_RH, weight_VH, labels_R, row_pair_index_R = sequences()
 
     def sums(hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
-        return sequence_logprobs(hidden_RH, weight_VH, labels_R, row_sequence_R, 4, chunk_rows=3)
+        return sequence_logprobs(hidden_RH, weight_VH, labels_R, row_pair_index_R, 4, chunk_rows=3)
 
     inputs = (hidden_RH.detach().double().requires_grad_(), weight_VH.detach().double().requires_grad_())
     assert torch.autograd.gradcheck(sums, inputs)
 
 
 def test_sequence_logprobs_leave_a_frozen_head_alone() -> None:
-    hidden_RH, weight_VH, labels_R, row_sequence_R = sequences()
+    hidden_RH, weight_VH, labels_R, row_pair_index_R = sequences()
     frozen_VH = weight_VH.detach()
-    sequence_logprobs(hidden_RH, frozen_VH, labels_R, row_sequence_R, 4, chunk_rows=3).sum().backward()
+    sequence_logprobs(hidden_RH, frozen_VH, labels_R, row_pair_index_R, 4, chunk_rows=3).sum().backward()
     assert hidden_RH.grad is not None
     assert frozen_VH.grad is None
     with pytest.raises(DataError, match="expected 7 labels"):
-        sequence_logprobs(hidden_RH, weight_VH, labels_R[1:], row_sequence_R, 4, chunk_rows=3)
+        sequence_logprobs(hidden_RH, weight_VH, labels_R[1:], row_pair_index_R, 4, chunk_rows=3)

@@ -42,9 +42,7 @@ def test_recorded_logits_are_transformers_own(sparse: Any, llava_batch: dict[str
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_balance_loss_reaches_the_routers(
-    checkpointing: bool, sparse: Any, llava_batch: dict[str, Tensor]
-) -> None:
+def test_balance_loss_reaches_the_routers(checkpointing: bool, sparse: Any, llava_batch: dict[str, Tensor]) -> None:
     """Gradients of the balance loss, with and without gradient checkpointing, are the same and not zero."""
     reference = copy.deepcopy(sparse)
     grads = []
@@ -77,9 +75,7 @@ def test_a_second_run_changes_nothing_until_cleared(sparse: Any, llava_batch: di
     assert not torch.equal(first[0], recorder.logits()[0])  # outside the context nothing is heard
 
 
-def test_a_dense_model_has_nothing_to_record(
-    tiny_llava: Callable[..., Any], llava_batch: dict[str, Tensor]
-) -> None:
+def test_a_dense_model_has_nothing_to_record(tiny_llava: Callable[..., Any], llava_batch: dict[str, Tensor]) -> None:
     with RouterRecorder(tiny_llava()) as recorder:
         pass
     assert recorder.logits() == []
@@ -102,9 +98,7 @@ def test_float32_routers_change_nothing_in_a_float32_model(
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_routers_are_float32_in_a_bfloat16_model(
-    autocast: bool, sparse: Any, llava_batch: dict[str, Tensor]
-) -> None:
+def test_routers_are_float32_in_a_bfloat16_model(autocast: bool, sparse: Any, llava_batch: dict[str, Tensor]) -> None:
     """Under bf16 weights or autocast, logits are what a float32 product of the router's input gives."""
     model = sparse if autocast else sparse.bfloat16()
     router = routers(model)[0]

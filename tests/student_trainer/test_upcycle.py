@@ -14,8 +14,8 @@ from logitlake_student.models.assemble import assemble_llava, save_assembled, sa
 from logitlake_student.models.parts import routers
 from logitlake_student.models.upcycle import parameter_report, sparse_layers, upcycle
 
-# Four layers of float32 products; the experts' weighted sum is rounded where the dense layer's output was not.
-# Logits are of order 10.
+# Four layers of float32 products; the experts' weighted sum is rounded where the dense layer's output was
+# not. Logits are of order 10.
 LOGITS_ATOL = 1e-4
 
 
@@ -64,9 +64,7 @@ def test_upcycled_equals_dense_after_saving_and_loading(
     assert torch.equal(logits_of(loaded.eval(), llava_batch), logits_of(sparse, llava_batch))
 
 
-def test_experts_permuted_give_the_same_output(
-    tiny_llava: Callable[..., Any], llava_batch: dict[str, Tensor]
-) -> None:
+def test_experts_permuted_give_the_same_output(tiny_llava: Callable[..., Any], llava_batch: dict[str, Tensor]) -> None:
     """Experts that differ, renamed together with their router rows, are the same model."""
     model = upcycle(tiny_llava(), 4, 2, router_seed=3)
     g = torch.Generator().manual_seed(0)
@@ -88,9 +86,7 @@ def test_tied_embeddings_stay_tied(tied: bool, tiny_llava: Callable[..., Any], l
     dense = tiny_llava(tie_word_embeddings=tied)
     sparse = upcycle(dense, 4, 2, router_seed=3)
     assert (sparse.lm_head.weight is sparse.get_input_embeddings().weight) is tied
-    torch.testing.assert_close(
-        logits_of(sparse, llava_batch), logits_of(dense, llava_batch), rtol=0, atol=LOGITS_ATOL
-    )
+    torch.testing.assert_close(logits_of(sparse, llava_batch), logits_of(dense, llava_batch), rtol=0, atol=LOGITS_ATOL)
 
 
 def test_sparse_model_shares_no_memory_with_the_dense_one(tiny_llava: Callable[..., Any]) -> None:
@@ -165,9 +161,7 @@ def test_impossible_upcycling_is_refused(tiny_llava: Callable[..., Any]) -> None
 
 
 @pytest.fixture
-def parts(
-    tmp_path: Path, tiny_llava: Callable[..., Any], processor_files: Callable[[Path], None]
-) -> tuple[Path, Path]:
+def parts(tmp_path: Path, tiny_llava: Callable[..., Any], processor_files: Callable[[Path], None]) -> tuple[Path, Path]:
     """A CLIP vision checkpoint and a Qwen3 checkpoint with tokenizer, on disk."""
     from transformers import CLIPVisionModel, Qwen3ForCausalLM
 
@@ -197,9 +191,7 @@ def test_assembled_student_is_its_parts(parts: tuple[Path, Path], llava_batch: d
     assert model.config.image_token_id == 60
     again = assemble_llava(tower_dir, lm_dir, projector_seed=7, vision_feature_layer=-2)
     other = assemble_llava(tower_dir, lm_dir, projector_seed=8, vision_feature_layer=-2)
-    same, new = (
-        m.model.multi_modal_projector.linear_1.weight for m in (again, other)
-    )
+    same, new = (m.model.multi_modal_projector.linear_1.weight for m in (again, other))
     weight = model.model.multi_modal_projector.linear_1.weight.detach()
     assert torch.equal(weight, same)
     assert not torch.equal(weight, new)

@@ -34,9 +34,7 @@ class LayerRouting:
     """Experts that no token chose."""
 
 
-def load_balancing_loss(
-    router_logits: Sequence[Tensor], token_mask_N: Tensor, num_experts_per_tok: int
-) -> Tensor:
+def load_balancing_loss(router_logits: Sequence[Tensor], token_mask_N: Tensor, num_experts_per_tok: int) -> Tensor:
     """Mean over layers of E * sum_e f_e P_e, 0-d float32. The gradient flows through P only.
 
     Args:
@@ -85,9 +83,7 @@ def _routes(
 
 def _check(router_logits: Sequence[Tensor], token_mask_N: Tensor) -> None:
     if not router_logits:
-        raise DataError(
-            "router logits: expected at least one sparse layer, got none; is the student upcycled?"
-        )
+        raise DataError("router logits: expected at least one sparse layer, got none; is the student upcycled?")
     for layer, logits_NE in enumerate(router_logits):
         if logits_NE.shape[:1] != token_mask_N.shape:
             raise DataError(

@@ -75,9 +75,8 @@ def distillation_loss(
 
     Args:
         hidden_RH: final hidden states (after the last norm) of the rows that predict response tokens.
-        lm_head_weight_VH: weight of the head; float32 or bfloat16; frozen, trainable or tied to the
-        embedding. For a
-            head that is padded beyond the tokenizer, pass the slice `weight[:vocab_size]`.
+        lm_head_weight_VH: weight of the head; float32 or bfloat16; frozen, trainable or tied to the embedding.
+            For a head that is padded beyond the tokenizer, pass the slice `weight[:vocab_size]`.
         teacher: cached rows. None leaves cross-entropy only, on `label_ids_R`; the KL sum is then 0.
         chunk_rows: rows whose logits are alive at one time; memory, not meaning.
         label_ids_R: int64, only where there is no teacher.
@@ -87,8 +86,7 @@ def distillation_loss(
 
     Raises:
         DataError: shapes that do not agree, labels given twice or not at all, or a tail mass where the K ids
-        are the
-            whole vocabulary.
+            are the whole vocabulary.
     """
     labels_R = _labels(hidden_RH, lm_head_weight_VH, teacher, label_ids_R)
     grad = torch.is_grad_enabled()
@@ -107,14 +105,10 @@ def distillation_loss(
     return loss, LossSums(kl_sum.float(), ce_sum.float(), num_tokens)
 
 
-def _labels(
-    hidden_RH: Tensor, weight_VH: Tensor, teacher: TeacherBatch | None, label_ids_R: Tensor | None
-) -> Tensor:
+def _labels(hidden_RH: Tensor, weight_VH: Tensor, teacher: TeacherBatch | None, label_ids_R: Tensor | None) -> Tensor:
     """The labels, wherever they came from, after checking that everything has R rows."""
     if (teacher is None) == (label_ids_R is None):
-        raise DataError(
-            "distillation_loss: labels come with the teacher, or as label_ids_R where there is none"
-        )
+        raise DataError("distillation_loss: labels come with the teacher, or as label_ids_R where there is none")
     if teacher is None:
         assert label_ids_R is not None
         shapes = {"label_ids_R": label_ids_R.shape}
@@ -137,9 +131,7 @@ def _labels(
     num_rows = hidden_RH.shape[0]
     for name, shape in shapes.items():
         if tuple(shape) != (num_rows,):
-            raise DataError(
-                f"distillation_loss: {name} has {tuple(shape)} rows, the hidden states have {num_rows}"
-            )
+            raise DataError(f"distillation_loss: {name} has {tuple(shape)} rows, the hidden states have {num_rows}")
     return labels_R
 
 

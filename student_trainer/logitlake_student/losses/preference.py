@@ -124,9 +124,7 @@ def preference_loss(
     elif kind == "kto_pair":
         z = baseline or kto_baseline(chosen_P, rejected_P)
         # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits where sigmoid(x) is nearly 1.
-        losses_P = (
-            torch.sigmoid(beta * (z.rejected - chosen_P)) + torch.sigmoid(beta * (rejected_P - z.chosen))
-        ) / 2
+        losses_P = (torch.sigmoid(beta * (z.rejected - chosen_P)) + torch.sigmoid(beta * (rejected_P - z.chosen))) / 2
     else:
         raise DataError(f"preference_loss: expected kind dpo, ipo, hinge or kto_pair, got {kind!r}")
     return PreferenceLosses(losses_P, beta * chosen_P.detach(), beta * rejected_P.detach())
@@ -144,33 +142,32 @@ def nll_loss(policy_chosen_logp_P: Tensor, chosen_lengths_P: Tensor) -> Tensor:
 
 def sequence_logprobs(
     hidden_RH: Tensor,
-    lm_head_weight_VH: Tensor,
+    weight_VH: Tensor,
     label_ids_R: Tensor,
-    row_sequence_R: Tensor,
+    row_pair_index_R: Tensor,
     num_sequences: int,
-    *,
     chunk_rows: int,
 ) -> Tensor:
     """Sums of the label logprobs of each sequence's rows, float32 [N], with gradient.
 
     Args:
         hidden_RH: final hidden states of the rows that predict response tokens.
-        lm_head_weight_VH: weight of the head.
+        weight_VH: weight of the head.
         label_ids_R: int64, the token each row predicts.
-        row_sequence_R: int64, the sequence each row belongs to, 0 <= n < num_sequences.
+        row_pair_index_R: int64, the sequence (one response of a pair) each row belongs to, 0 <= n < num_sequences.
         num_sequences: N; a sequence without rows sums to 0.
         chunk_rows: rows whose logits are alive at one time.
     """
     num_rows = hidden_RH.shape[0]
-    if label_ids_R.shape != (num_rows,) or row_sequence_R.shape != (num_rows,):
+    if label_ids_R.shape != (num_rows,) or row_pair_index_R.shape != (num_rows,):
         raise DataError(
             f"sequence_logprobs: expected {num_rows} labels and sequence indices, "
-            f"got {tuple(label_ids_R.shape)} and {tuple(row_sequence_R.shape)}"
+            f"got {tuple(label_ids_R.shape)} and {tuple(row_pair_index_R.shape)}"
         )
     logp_R: Tensor = _LabelLogprobs.apply(  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
-        hidden_RH, lm_head_weight_VH, label_ids_R, chunk_rows
+        hidden_RH, weight_VH, label_ids_R, chunk_rows
     )
-    return logp_R.new_zeros(num_sequences).index_add(0, row_sequence_R, logp_R)
+    return logp_R.new_zeros(num_sequences).index_add(0, row_pair_index_R, logp_R)
 
 
 class _LabelLogprobs(torch.autograd.Function):

@@ -70,15 +70,15 @@ def _coarsened_kl(log_q_V: Tensor, teacher: TeacherBatch, row: int) -> Tensor:
 
 def sequence_logprobs_reference(
     hidden_RH: Tensor,
-    lm_head_weight_VH: Tensor,
+    weight_VH: Tensor,
     label_ids_R: Tensor,
-    row_sequence_R: Tensor,
+    row_pair_index_R: Tensor,
     num_sequences: int,
 ) -> Tensor:
     """Twin of `losses.preference.sequence_logprobs`: float64 sums of label logprobs, one a sequence."""
-    log_q_RV = torch.log_softmax(hidden_RH.double() @ lm_head_weight_VH.double().t(), dim=-1)
+    log_q_RV = torch.log_softmax(hidden_RH.double() @ weight_VH.double().t(), dim=-1)
     sums = [log_q_RV.new_zeros(()) for _ in range(num_sequences)]
-    for row, (label, sequence) in enumerate(zip(label_ids_R.tolist(), row_sequence_R.tolist(), strict=True)):
+    for row, (label, sequence) in enumerate(zip(label_ids_R.tolist(), row_pair_index_R.tolist(), strict=True)):
         sums[sequence] = sums[sequence] + log_q_RV[row, label]
     return torch.stack(sums)
 
@@ -94,9 +94,7 @@ def preference_loss_reference(
 ) -> list[float]:
     """Twin of `losses.preference.preference_loss` in Python floats: one loss a pair."""
     chosen = [policy - reference for policy, reference in zip(policy_chosen, reference_chosen, strict=True)]
-    rejected = [
-        policy - reference for policy, reference in zip(policy_rejected, reference_rejected, strict=True)
-    ]
+    rejected = [policy - reference for policy, reference in zip(policy_rejected, reference_rejected, strict=True)]
     z_chosen = max(0.0, sum(chosen) / len(chosen))
     z_rejected = max(0.0, sum(rejected) / len(rejected))
 

@@ -1,8 +1,8 @@
 """A LLaVA student from its parts: a vision tower, a fresh projector, a language model.
 
-The parts are ordinary checkpoints; the whole is a stock `LlavaForConditionalGeneration`. Tokenizer, chat template and
-image processor files travel unchanged, byte for byte: the lake's fingerprint is taken from them, and a tokenizer that
-was loaded and saved again need not be the same file.
+The parts are ordinary checkpoints; the whole is a stock `LlavaForConditionalGeneration`. Tokenizer, chat
+template and image processor files travel unchanged, byte for byte: the lake's fingerprint is taken from them,
+and a tokenizer that was loaded and saved again need not be the same file.
 """
 
 import json
@@ -49,8 +49,8 @@ def assemble_llava(
     Args:
         vision_tower_dir: checkpoint of a CLIP vision model (or a whole CLIP, of which the vision half is taken).
         language_model_dir: checkpoint and tokenizer of a Qwen3, Qwen2 or Llama causal language model.
-        projector_seed: of the projector's weights, uniform within 1/sqrt(fan-in), biases too, as `torch.nn.Linear`
-            and LLaVA have them. Never the global seed.
+        projector_seed: of the projector's weights, uniform within 1/sqrt(fan-in), biases too, as
+            `torch.nn.Linear` and LLaVA have them. Never the global seed.
         vision_feature_layer: hidden layer of the tower that is shown to the language model, -2 in LLaVA.
         vision_feature_select_strategy: `default` drops the class token, `full` keeps it.
         image_token: the placeholder token, which the tokenizer must know.
@@ -105,9 +105,7 @@ def _require_type(model_dir: Path, expected: set[str], part: str) -> None:
         raise ConfigError(f"{part}: no checkpoint at {model_dir} (expected {config_path.name} there)")
     model_type = json.loads(config_path.read_text()).get("model_type")
     if model_type not in expected:
-        raise ConfigError(
-            f"{part}: expected a model of type {sorted(expected)}, got {model_type!r} at {model_dir}"
-        )
+        raise ConfigError(f"{part}: expected a model of type {sorted(expected)}, got {model_type!r} at {model_dir}")
 
 
 @torch.no_grad()
@@ -140,7 +138,9 @@ def save_assembled(model: Any, out_dir: Path, *, vision_tower_dir: Path, languag
         return
     image_processor = out_dir / "preprocessor_config.json"
     if not image_processor.is_file():
-        raise ConfigError(f"vision tower: expected {image_processor.name} or {processor_config.name} at {vision_tower_dir}")
+        raise ConfigError(
+            f"vision tower: expected {image_processor.name} or {processor_config.name} at {vision_tower_dir}"
+        )
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(language_model_dir)

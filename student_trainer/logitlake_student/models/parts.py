@@ -1,7 +1,7 @@
 """Where things are inside a student: one place that knows the attribute paths of transformers' classes.
 
-A student is a `LlavaForConditionalGeneration` (vision tower, projector, language model, head) or a plain causal
-language model (no tower, no projector). Everything else in this package asks here.
+A student is a `LlavaForConditionalGeneration` (vision tower, projector, language model, head) or a plain
+causal language model (no tower, no projector). Everything else in this package asks here.
 """
 
 from typing import Any

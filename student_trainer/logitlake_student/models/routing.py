@@ -1,10 +1,12 @@
 """Routers: computed in float32, and overheard.
 
-`LlavaForConditionalGeneration` drops its language model's router logits, so the balance loss takes them from forward
-hooks on the routers themselves. The tensors carry gradients, also under (non-reentrant) gradient checkpointing.
+`LlavaForConditionalGeneration` drops its language model's router logits, so the balance loss takes them from
+forward hooks on the routers themselves. The tensors carry gradients, also under (non-reentrant) gradient
+checkpointing.
 
-Stock routers multiply in the model's type. In bfloat16 two experts often tie and the balance loss sees rounded
-probabilities, so a student in training computes its routers in float32; the stored model stays a stock one.
+Stock routers multiply in the model's type. In bfloat16 two experts often tie and the balance loss sees
+rounded probabilities, so a student in training computes its routers in float32; the stored model stays a
+stock one.
 
 Axes: N positions of a forward (batch x sequence), E experts, H hidden.
 """
@@ -29,8 +31,8 @@ class RouterRecorder:
     ...     model(**batch)
     >>> router_logits = recorder.logits()   # [N, E] float32 per sparse layer
 
-    Leave the context before `backward`: a checkpointed layer runs its router again there. Each layer keeps the first
-    logits that it sees until `clear`, so that a second run changes nothing.
+    Leave the context before `backward`: a checkpointed layer runs its router again there. Each layer keeps
+    the first logits that it sees until `clear`, so that a second run changes nothing.
     """
 
     def __init__(self, model: Any) -> None:
@@ -72,7 +74,8 @@ class RouterRecorder:
 
 
 def compute_routers_in_float32(model: Any) -> None:
-    """Makes the routers of a model compute logits, softmax and weights in float32 whatever its type or autocast.
+    """Makes the routers of a model compute logits, softmax and weights in float32 whatever its type or
+    autocast.
 
     Changes this instance only, and nothing that is saved. A float32 model gives the same numbers as before.
     """

@@ -1,11 +1,12 @@
 """From a dense student to a sparse one that starts as the same function.
 
-Every expert of a sparse layer is a copy of the dense layer's feed-forward network, and the weights of the chosen experts
-sum to 1 (`norm_topk_prob`), so that whatever the fresh router chooses, the layer computes what it computed before
-(LLaVA-MoD §3, after arXiv 2212.05055). Routing is dropless: transformers' experts take every token they are given.
+Every expert of a sparse layer is a copy of the dense layer's feed-forward network, and the weights of the
+chosen experts sum to 1 (`norm_topk_prob`), so that whatever the fresh router chooses, the layer computes what
+it computed before (LLaVA-MoD §3, after arXiv 2212.05055). Routing is dropless: transformers' experts take
+every token they are given.
 
-The result is a stock transformers class, saved and loaded without remote code. Which layers are sparse is written as
-`mlp_only_layers` (the dense ones), since `decoder_sparse_step` cannot say "layers 0, 2, 4, …".
+The result is a stock transformers class, saved and loaded without remote code. Which layers are sparse is
+written as `mlp_only_layers` (the dense ones), since `decoder_sparse_step` cannot say "layers 0, 2, 4, …".
 """
 
 from collections.abc import Callable, Sequence
@@ -72,8 +73,8 @@ _FAMILIES = {
 def sparse_layers(layers: LayerChoice | Sequence[int], num_layers: int) -> list[int]:
     """Indices of the layers that become sparse, in order.
 
-    `every_other` is LLaVA-MoD's choice and begins at 0. For an odd number of layers, the middle one belongs to the
-    second half.
+    `every_other` is LLaVA-MoD's choice and begins at 0. For an odd number of layers, the middle one belongs
+    to the second half.
 
     Raises:
         ConfigError: an unknown choice, no layer, a repeated index or one that does not exist.
@@ -114,8 +115,8 @@ def upcycle(
         router_seed: of the routers' weights, normal with the config's `initializer_range`. Never the global seed.
 
     Returns:
-        The sparse model, of the dense one's type and device, in training or evaluation mode as the dense one, its
-        routers computed in float32.
+        The sparse model, of the dense one's type and device, in training or evaluation mode as the dense one,
+        its routers computed in float32.
 
     Raises:
         ConfigError: a language model without a sparse sibling here, or numbers that do not fit together.

@@ -49,6 +49,8 @@ _CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # vLLM compiles its rank count on first use: half a minute, and a C++ compiler that a machine may not have.
+    "TORCHDYNAMO_DISABLE": "1",
 }
 _QUIET_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -94,7 +96,7 @@ class VllmEngine:
                 gpu_memory_utilization=config.gpu_memory_utilization,
                 tensor_parallel_size=config.tensor_parallel_size,
                 disable_log_stats=True,
-                **({"limit_mm_per_prompt": {"image": config.max_images}} if checkpoint.sees_images else {}),
+                **(self._image_options() if checkpoint.sees_images else {}),
             )
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             raise EngineError(f"{setup.model_dir}: vLLM cannot load the teacher: {error}") from error
@@ -143,6 +145,13 @@ class VllmEngine:
     def close(self) -> None:
         """Frees the weights and the key-value cache."""
         self._llm = None
+
+    def _image_options(self) -> dict[str, Any]:
+        """The image processor's PIL path, as in `logitlake_shared.images`: torchvision resamples to other pixels."""
+        return {
+            "limit_mm_per_prompt": {"image": self._config.max_images},
+            "mm_processor_kwargs": {"backend": "pil"},
+        }
 
     def _run(self, prompts: list[_Prompt], sampling: Any) -> list[Any]:
         if not prompts:

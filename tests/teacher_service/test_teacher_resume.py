@@ -1,0 +1,119 @@
+"""Killed at any time and run again, a capture ends with the lake of an uninterrupted run.
+
+Real processes and real SIGKILLs. No test sleeps for luck: the inline teacher kills its own process on a given unit,
+and under Ray the teacher waits for ever on one sample, so that the state in which the driver is killed is known.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from logitlake_shared.reader import LakeDataset
+
+Command = Callable[..., Any]
+
+# A capture that shows no progress for this long is broken, however busy the machine.
+PATIENCE_SECONDS = 180
+
+
+def lake_of_an_uninterrupted_run(world: Any, command: Command) -> dict[str, bytes]:
+    """The cache as the inline executor writes it when nothing happens."""
+    config = world.config(name="whole.toml", lake={"uri": str(world.folder / "whole")})
+    assert command("capture", config).code == 0
+    return world.contents(lake=world.folder / "whole")
+
+
+def wait_for_commits(world: Any, process: "subprocess.Popen[str]", number: int) -> None:
+    """Returns when `number` units are committed."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    commits = world.lake / "caches" / "capture" / "commits"
+    while len(list(commits.glob("*.json"))) < number:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{number} units were not committed in {PATIENCE_SECONDS} s"
+        os.sched_yield()
+
+
+@pytest.mark.parametrize("num_units", [0, 1, 4])
+def test_sigkill_of_an_inline_capture_changes_nothing_in_the_end(
+    teacher_world: Any, teacher_command: Command, num_units: int
+) -> None:
+    """Killed after `num_units` units: those are committed, no snapshot exists; the next run gives the same objects."""
+    config = teacher_world.config()
+    killed = teacher_world.start("capture", config, f"engine.die_after_calls={num_units}")
+    out, err = killed.communicate(timeout=PATIENCE_SECONDS)
+    assert killed.returncode == -signal.SIGKILL, (out, err)
+    commits = [name for name in teacher_world.contents() if name.startswith("commits/")]
+    assert len(commits) == num_units
+    assert not [name for name in teacher_world.contents() if name.startswith("snapshots/")]
+    done = teacher_command("capture", config)
+    assert done.code == 0, done.err
+    assert teacher_world.contents() == lake_of_an_uninterrupted_run(teacher_world, teacher_command)
+    ids = LakeDataset(teacher_world.lake, "capture").ids()
+    assert ids == sorted(set(ids)) == [f"s{number:03d}" for number in range(24)]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sigkill_of_a_ray_driver_changes_nothing_in_the_end(teacher_world: Any, teacher_command: Command) -> None:
+    """One actor hangs on its unit, the other commits all the rest, the driver is killed; the next run gives the same
+    objects as an inline run without faults."""
+    whole = lake_of_an_uninterrupted_run(teacher_world, teacher_command)
+    num_units = len([name for name in whole if name.startswith("commits/")])
+    config = teacher_world.config(executor={"type": "ray", "num_actors": 2})
+    process = teacher_world.start("capture", config, "engine.hang_on=['s007']")
+    wait_for_commits(teacher_world, process, num_units - 1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=PATIENCE_SECONDS)
+    again = teacher_world.start("capture", config)
+    out, err = again.communicate(timeout=PATIENCE_SECONDS)
+    assert again.returncode == 0, err
+    assert f"going on, {num_units - 1} of {num_units} units" in err
+    assert teacher_world.contents() == whole
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sample_that_kills_the_teacher_is_set_aside(teacher_world: Any) -> None:
+    """Its actor is replaced, its unit searched; it gets an error row and every other sample is captured."""
+    config = teacher_world.config(executor={"type": "ray", "num_actors": 2})
+    process = teacher_world.start("capture", config, "engine.die_on=['s010']")
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 2, (out, err)
+    assert "Traceback" not in err
+    assert "1 teacher_crashed" in err
+    assert "'s010'" in err
+    expected = [f"s{number:03d}" for number in range(24) if number != 10]
+    assert LakeDataset(teacher_world.lake, "capture").ids() == expected
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_error_of_an_actor_is_the_commands_error(teacher_world: Any) -> None:
+    """A teacher that fails on Ray ends the command with its own message, no traceback."""
+    config = teacher_world.config(executor={"type": "ray", "num_actors": 1})
+    process = teacher_world.start("capture", config, "engine.raise_on=['s010']")
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 2, (out, err)
+    assert "Traceback" not in err
+    assert "told to fail on sample 's010'" in err
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_hf_actors_write_the_bytes_of_one_inline_engine(teacher_world: Any) -> None:
+    """A real forward pass: who computed a unit, and beside whom, does not show in the lake."""
+    engine = {"engine": {"type": "hf"}}
+    inline = teacher_world.config(name="inline.toml", **engine)
+    ray = teacher_world.config(
+        name="ray.toml", **engine, lake={"uri": str(teacher_world.folder / "ray")}, executor={"type": "ray"}
+    )
+    for config in (inline, ray):
+        process = teacher_world.start("capture", config)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 0, (out, err)
+    assert teacher_world.contents() == teacher_world.contents(lake=teacher_world.folder / "ray")
