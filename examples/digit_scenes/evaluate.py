@@ -19,7 +19,7 @@ import click
 from examples.digit_scenes.make import Settings, records_of_split
 from examples.digit_scenes.questions import TASKS, mentions
 
-__all__ = ["evaluate_teacher", "figures_of"]
+__all__ = ["evaluate_model", "figures_of"]
 
 _BATCH = 64
 _MAX_NEW_TOKENS = 48
@@ -51,7 +51,7 @@ def figures_of(records: list[dict[str, Any]], answers: list[str]) -> dict[str, A
     return figures
 
 
-def evaluate_teacher(model_dir: Path, device: str = "cpu", settings: Settings | None = None) -> dict[str, Any]:
+def evaluate_model(model_dir: Path, device: str = "cpu", settings: Settings | None = None) -> dict[str, Any]:
     """Figures of a LLaVA checkpoint on the test split, drawn in memory with the default settings."""
     import torch
     from PIL import Image
@@ -95,7 +95,7 @@ def _mean(outcomes: list[bool]) -> float | None:
 @click.argument("model_dir", type=click.Path(exists=True, path_type=Path))
 @click.option("--device", default="cpu", show_default=True)
 def main(model_dir: Path, device: str) -> None:
-    click.echo(json.dumps(evaluate_teacher(model_dir, device), indent=2))
+    click.echo(json.dumps(evaluate_model(model_dir, device), indent=2))
 
 
 if __name__ == "__main__":

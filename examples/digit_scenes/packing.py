@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from examples.digit_scenes.questions import TASKS, FaultRates, answer_with_faults, ask, ask_existence_pair
+from examples.digit_scenes.questions import FaultRates, answer_with_faults, ask, ask_existence_pair
 from examples.digit_scenes.tokenizer import TOKENS_PER_IMAGE
 from examples.digit_scenes.world import Placed
 
 __all__ = ["PackedBatch", "Turn", "draw_turns", "encode_turn", "pack"]
 
-EXISTENCE_PAIRS_PER_SCENE = 4
-"""Existence is the hardest task at this size, and its answers are the shortest: it needs the most questions."""
+QUESTIONS_PER_SCENE = {"caption": 1, "reading": 2, "counting": 2, "colour": 2, "position": 3}
+EXISTENCE_PAIRS_PER_SCENE = 3
+"""The two tasks that look for an object by its name, position and existence, are learnt last and asked most."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ class PackedBatch:
 
 def draw_turns(objects: Sequence[Placed], rates: FaultRates, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Questions and answers about one scene, all tasks, with training faults."""
-    questions = [ask(task, objects, rng) for task in TASKS if task != "existence"]
-    questions.append(ask("reading", objects, rng))
+    questions = [ask(task, objects, rng) for task, count in QUESTIONS_PER_SCENE.items() for _ in range(count)]
     for _ in range(EXISTENCE_PAIRS_PER_SCENE):
         questions.extend(ask_existence_pair(objects, rng))
     return [(question.text, answer_with_faults(question, objects, rates, rng)) for question in questions]

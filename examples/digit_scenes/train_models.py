@@ -2,8 +2,8 @@
 
     python -m examples.digit_scenes.train_models --out examples/digit_scenes/models
 
-Parts are made in order, each from the files of the ones before it; a part whose files are there is left alone
-unless it is named by --only. The order is the order of a real LLaVA: a tower that can see is trained first
+Parts are made in order, each from the files of the ones before it; a part that `figures.json` records is left
+alone unless it is named by --only. The order is the order of a real LLaVA: a tower that can see is trained first
 and frozen, a language model that has only read comes apart from it, and only then a projector joins the two.
 At this size a LLaVA trained in one piece learns to name colours but never to read. The teacher learns from
 the same faulty stream that `make` writes, scenes it will never see again in the same pixels.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from examples.digit_scenes.world import Scene
 
 PARTS = ("tokenizer", "tower", "lm", "teacher", "figures")
-DEFAULT_STEPS = {"tower": 2500, "lm": 500, "teacher": 1300}
+DEFAULT_STEPS = {"tower": 2500, "lm": 500, "teacher": 2000}
 _CORPUS_SCENES = 4000
 _LOG_EVERY = 100
 
@@ -291,11 +291,11 @@ def _step(optimizer: Any, parameters: list[Any], loss: Any) -> None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="CPU threads of torch.")
 def main(out: Path, only: tuple[str, ...], steps: int | None, device: str, seed: int, threads: int) -> None:
-    # Waiting threads sleep rather than spin: on cores shared with others, spinning made a step cost three times as much.
+    # Waiting threads sleep rather than spin: on cores shared with others, spinning tripled the cost of a step.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from examples.digit_scenes.evaluate import evaluate_teacher
+    from examples.digit_scenes.evaluate import evaluate_model
 
     torch.set_num_threads(threads)
     makers: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -303,7 +303,7 @@ def main(out: Path, only: tuple[str, ...], steps: int | None, device: str, seed:
         "tower": lambda steps: train_tower(out, seed, steps, device),
         "lm": lambda steps: train_language_model(out, seed, steps, device),
         "teacher": lambda steps: train_teacher(out, seed, steps, device),
-        "figures": lambda _: evaluate_teacher(out / "teacher", device),
+        "figures": lambda _: evaluate_model(out / "teacher", device),
     }
     log_path = out / "figures.json"
     log: dict[str, Any] = json.loads(log_path.read_text()) if log_path.exists() else {}

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from examples.digit_scenes import networks  # noqa: E402  (needs torch)
-from examples.digit_scenes.evaluate import evaluate_teacher, figures_of  # noqa: E402
+from examples.digit_scenes.evaluate import evaluate_model, figures_of  # noqa: E402
 from examples.digit_scenes.make import Settings  # noqa: E402
 from examples.digit_scenes.packing import draw_turns, encode_turn, pack  # noqa: E402
 from examples.digit_scenes.questions import FaultRates  # noqa: E402
@@ -182,6 +182,6 @@ def test_figures_by_hand() -> None:
 
 def test_teacher_reads_and_beats_guessing() -> None:
     """On unseen handwriting the committed teacher reads, and its yes and no are far from the coin that guessing is."""
-    figures = evaluate_teacher(MODELS / "teacher", settings=Settings(test_scenes=40))
+    figures = evaluate_model(MODELS / "teacher", settings=Settings(test_scenes=40))
     assert figures["exact"]["reading"] >= READS_AT_LEAST
     assert figures["exact"]["existence"] >= 0.7

@@ -1,0 +1,87 @@
+"""Checkpoints that survive SIGKILL: complete or not there.
+
+A checkpoint is written into a hidden folder, every file synced, then `digests.json` (sha256 of each file) as the last
+one, then the folder is renamed. What is found again is the newest folder whose every digest holds; anything else is
+left alone with a warning, so that a damaged checkpoint costs the steps since the one before it and nothing more.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+__all__ = ["newest_checkpoint", "prune_checkpoints", "publish_folder"]
+
+DIGESTS = "digests.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def publish_folder(built: Path, name: Path) -> None:
+    """Gives a finished folder its name: digests written last, everything synced, one rename. Replaces what is there."""
+    digests = {str(file.relative_to(built)): _sha256(file) for file in _files(built)}
+    (built / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+    for file in _files(built):
+        _sync(file)
+    _sync(built)
+    if name.exists():
+        shutil.rmtree(name)
+    built.rename(name)
+    _sync(name.parent)
+
+
+def newest_checkpoint(stage_dir: Path) -> tuple[int, Path] | None:
+    """(step, folder) of the newest complete checkpoint, or None. Warns of each damaged one that it passes over."""
+    for step, folder in reversed(_numbered(stage_dir)):
+        problem = damage(folder)
+        if problem is None:
+            return step, folder
+        warnings.warn(f"{folder}: not used: {problem}; going back to the checkpoint before it", stacklevel=2)
+    return None
+
+
+def prune_checkpoints(stage_dir: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints."""
+    for _, folder in _numbered(stage_dir)[: -keep or None]:
+        shutil.rmtree(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a published folder, or None."""
+    path = folder / DIGESTS
+    if not path.is_file():
+        return f"{DIGESTS} is missing"
+    try:
+        digests = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{DIGESTS} is not JSON"
+    for name, digest in digests.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def _numbered(stage_dir: Path) -> list[tuple[int, Path]]:
+    found = [(match, folder) for folder in stage_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(folder.name))]
+    return sorted((int(match[1]), folder) for match, folder in found)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,231 @@
+"""Rows of the lake to tensors. The only place where the student's batches are made.
+
+A batch holds the student's own positions: placeholders are expanded to the number of tokens that *its* vision tower
+makes of an image, and the rows that predict response tokens are asked of `logitlake_shared.alignment`. The teacher's
+rows come from the lake's codec. Before the first step, the lake and the student are checked to belong together.
+
+Axes: B samples, S positions, R response rows of the batch, K cached entries, P pairs.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from logitlake_schemas import CaptureSpec, sha256_hex
+from logitlake_shared.alignment import expand_images, interleave, predicting_rows
+from logitlake_shared.errors import FingerprintMismatchError, TrainingError
+from logitlake_shared.images import PixelLoader
+from logitlake_shared.reader import LakeDataset
+from logitlake_shared.rendering import Renderer
+from logitlake_shared.rows import LakePair, LakeSample
+from logitlake_shared.topk import decode
+
+__all__ = [
+    "EpochOrder",
+    "PairCollator",
+    "SampleCollator",
+    "Sequences",
+    "StudentInputs",
+    "check_student_fits",
+    "tokens_per_image",
+]
+
+Batch = dict[str, Tensor]
+
+# Preprocessed images kept in memory, in bytes. Small pictures are then decoded once, large ones as they come.
+_PIXEL_CACHE_BYTES = 512 * 2**20
+# Samples whose ids are rendered again before the first step.
+_NUM_RENDERED_AGAIN = 8
+
+
+def tokens_per_image(config: Any) -> int:
+    """Tokens that one image becomes in a LLaVA student: the tower's patches, and its class token for `full`."""
+    vision = config.vision_config
+    patches: int = (vision.image_size // vision.patch_size) ** 2
+    return patches + (config.vision_feature_select_strategy == "full")
+
+
+def check_student_fits(spec: CaptureSpec, dataset: LakeDataset, renderer: Renderer) -> None:
+    """Raises `FingerprintMismatchError` naming the field in which student and lake differ."""
+    there, here = spec.tokenizer.model_dump(), renderer.identity().model_dump()
+    differing = [
+        f"{key}: {there[key]} in the lake, {here[key]} in the student" for key in there if there[key] != here[key]
+    ]
+    if differing:
+        raise FingerprintMismatchError(
+            f"the student does not belong to this lake: {'; '.join(differing)}. Its tokenizer must be the teacher's: "
+            "same token ids, same chat template"
+        )
+    for position in range(min(_NUM_RENDERED_AGAIN, len(dataset))):
+        sample = dataset[position]
+        rendered = renderer.render(sample.messages)
+        for name in ("prompt_ids", "prompt_lengths", "response_ids", "response_lengths"):
+            if not np.array_equal(getattr(rendered, name), getattr(sample, name)):
+                raise FingerprintMismatchError(
+                    f"sample {sample.sample_id}: the student renders other {name} than the lake holds; its tokenizer "
+                    "normalises or splits text differently from the teacher's"
+                )
+
+
+class EpochOrder(torch.utils.data.Sampler[int]):
+    """Positions of `num_items` samples for a whole stage: one permutation after the other.
+
+    The order is a function of the seed and the epoch alone, from a counter-based generator; it does not depend on
+    workers or ranks, and step n of a resumed stage sees what step n of an uninterrupted one sees.
+    """
+
+    def __init__(self, num_items: int, num_drawn: int, seed: int) -> None:
+        self._num_items, self._num_drawn, self._seed = num_items, num_drawn, seed
+
+    def __len__(self) -> int:
+        return self._num_drawn
+
+    def __iter__(self) -> Iterator[int]:
+        drawn, epoch = 0, 0
+        while drawn < self._num_drawn:
+            order = np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(self._num_items)
+            for position in order[: self._num_drawn - drawn]:
+                yield int(position)
+            drawn, epoch = drawn + len(order), epoch + 1
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences of a batch, padded on the right, and their response rows as flat positions in [B·S]."""
+
+    input_ids_BS: Tensor
+    attention_mask_BS: Tensor
+    rows_R: Tensor
+    label_ids_R: Tensor
+    sequence_R: Tensor
+    """which of the B sequences a row belongs to"""
+
+
+class StudentInputs:
+    """Makes what the student's forward pass takes. `load_pixels` is None for a text-only student."""
+
+    def __init__(
+        self, *, pad_id: int, image_token_id: int | None, tokens_per_image: int, load_pixels: PixelLoader | None
+    ) -> None:
+        self._pad_id, self._image_token_id, self._tokens_per_image = pad_id, image_token_id, tokens_per_image
+        self._load_pixels = load_pixels
+        self._pixels: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
+
+    def sequences(self, conversations: Sequence[tuple[Any, Any, Any, Any, int]]) -> Sequences:
+        """Each conversation is (prompt_ids, prompt_lengths, response_ids, response_lengths, number of images)."""
+        ids, rows, labels = [], [], []
+        for *segments, num_images in conversations:
+            ids_S, mask_S = expand_images(
+                *interleave(*segments), self._image_token_id, [self._tokens_per_image] * num_images
+            )
+            rows_R = predicting_rows(mask_S)
+            ids.append(ids_S)
+            rows.append(rows_R)
+            labels.append(ids_S[mask_S])
+        longest = max(len(ids_S) for ids_S in ids)
+        input_ids_BS = np.full((len(ids), longest), self._pad_id, np.int64)
+        attention_mask_BS = np.zeros((len(ids), longest), np.int64)
+        for place, ids_S in enumerate(ids):
+            input_ids_BS[place, : len(ids_S)] = ids_S
+            attention_mask_BS[place, : len(ids_S)] = 1
+        return Sequences(
+            input_ids_BS=torch.from_numpy(input_ids_BS),
+            attention_mask_BS=torch.from_numpy(attention_mask_BS),
+            rows_R=torch.from_numpy(np.concatenate([place * longest + rows_R for place, rows_R in enumerate(rows)])),
+            label_ids_R=torch.from_numpy(np.concatenate(labels)),
+            sequence_R=torch.from_numpy(np.repeat(np.arange(len(rows)), [len(rows_R) for rows_R in rows])),
+        )
+
+    def pixels(self, images: Sequence[bytes]) -> Tensor | None:
+        """`pixel_values_NCHW` float32 of encoded images in order; None where there are none."""
+        if not images:
+            return None
+        return torch.from_numpy(np.stack([self._one_image(data) for data in images]))
+
+    def _one_image(self, data: bytes) -> npt.NDArray[np.float32]:
+        if self._load_pixels is None:
+            raise TrainingError("the batch holds an image but the student has no vision tower; filter it by `tasks`")
+        key = sha256_hex(data)
+        pixels = self._pixels.get(key)
+        if pixels is None:
+            pixels = self._load_pixels([data])[0]
+            self._pixels[key] = pixels
+            while len(self._pixels) * pixels.nbytes > _PIXEL_CACHE_BYTES:
+                self._pixels.popitem(last=False)
+        return pixels
+
+
+@dataclass(frozen=True)
+class SampleCollator:
+    """Captured samples to a batch: inputs, response rows, labels, and the teacher's cached rows."""
+
+    inputs: StudentInputs
+
+    def __call__(self, samples: Sequence[LakeSample]) -> Batch:
+        """`input_ids_BS`, `attention_mask_BS`, `rows_R`, `label_ids_R`, `topk_ids_RK`, `topk_logprobs_RK`,
+        `log_tail_mass_R`, and `pixel_values` where there are images. K is the largest k of the batch."""
+        sequences = self.inputs.sequences(
+            [(s.prompt_ids, s.prompt_lengths, s.response_ids, s.response_lengths, len(s.images)) for s in samples]
+        )
+        batch = _as_batch(sequences, self.inputs.pixels([image for sample in samples for image in sample.images]))
+        decoded = [decode(sample.rows) for sample in samples]
+        k = max(ids_TK.shape[1] for ids_TK, _, _ in decoded)
+        batch["topk_ids_RK"] = torch.from_numpy(
+            np.concatenate([_widen(ids_TK, k, 0) for ids_TK, _, _ in decoded]).astype(np.int64)
+        )
+        batch["topk_logprobs_RK"] = torch.from_numpy(
+            np.concatenate([_widen(logprobs_TK, k, -np.inf) for _, logprobs_TK, _ in decoded])
+        )
+        batch["log_tail_mass_R"] = torch.from_numpy(np.concatenate([log_tail_T for _, _, log_tail_T in decoded]))
+        return batch
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Preference pairs to a batch: the P chosen conversations, then the P rejected ones, on the same images."""
+
+    inputs: StudentInputs
+
+    def __call__(self, pairs: Sequence[LakePair]) -> Batch:
+        """As a sample batch with B = 2P, plus `sequence_R` and the teacher's `reference_logp_B`, `length_B`."""
+        conversations = [
+            (pair.prompt_ids, [len(pair.prompt_ids)], response_ids, [len(response_ids)], len(pair.images))
+            for response in _RESPONSES
+            for pair in pairs
+            for response_ids in (response(pair)[0],)
+        ]
+        sequences = self.inputs.sequences(conversations)
+        batch = _as_batch(sequences, self.inputs.pixels([image for pair in (*pairs, *pairs) for image in pair.images]))
+        logprobs = [response(pair)[1] for response in _RESPONSES for pair in pairs]
+        batch["sequence_R"] = sequences.sequence_R
+        batch["reference_logp_B"] = torch.tensor([float(lp.sum(dtype=np.float64)) for lp in logprobs])
+        batch["length_B"] = torch.tensor([float(len(lp)) for lp in logprobs])
+        return batch
+
+
+_RESPONSES: tuple[Callable[[LakePair], tuple[Any, Any]], ...] = (
+    lambda pair: (pair.chosen_ids, pair.chosen_logprobs),
+    lambda pair: (pair.rejected_ids, pair.rejected_logprobs),
+)
+
+
+def _as_batch(sequences: Sequences, pixels_NCHW: Tensor | None) -> Batch:
+    batch = {
+        "input_ids_BS": sequences.input_ids_BS,
+        "attention_mask_BS": sequences.attention_mask_BS,
+        "rows_R": sequences.rows_R,
+        "label_ids_R": sequences.label_ids_R,
+    }
+    if pixels_NCHW is not None:
+        batch["pixel_values"] = pixels_NCHW
+    return batch
+
+
+def _widen(array_TK: npt.NDArray[Any], k: int, fill: float) -> npt.NDArray[Any]:
+    return np.pad(array_TK, ((0, 0), (0, k - array_TK.shape[1])), constant_values=fill)

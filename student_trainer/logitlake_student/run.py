@@ -1,0 +1,257 @@
+"""Runs the stages of a training configuration, each from where the one before it ended.
+
+    <output>/<stage>/model/          the finished stage: a stock checkpoint with tokenizer and processor
+    <output>/<stage>/metrics.jsonl   one line of JSON every `log_every` steps
+    <output>/<stage>/done.json       written last: what was trained on what, and the closing figures
+    <output>/<stage>/provenance.json resolved configuration, versions, command line
+    <output>/<stage>/checkpoint-N/   while the stage runs
+
+A stage is done when `done.json` says so for the same stage configuration, the same lake and the same stages before
+it; then it is skipped, before anything heavy is imported. If it says so for something else, that is an error which
+names the difference: results are never mixed.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from logitlake_schemas import canonical_json, fingerprint
+from logitlake_shared.cli_support import progress
+from logitlake_shared.config import write_provenance
+from logitlake_shared.errors import ConfigError, TrainingError
+from logitlake_shared.lake import Lake
+from logitlake_student.config import (
+    D2SStage,
+    PreferenceStage,
+    StageConfig,
+    TrainConfig,
+)
+
+__all__ = ["StageRun", "plan_run", "train_stage"]
+
+DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of a run: its configuration, its folder, and the identity of all that determines its result."""
+
+    stage: StageConfig
+    folder: Path
+    identity: dict[str, Any]
+    previous: Path | None
+    """the finished model of the stage before it"""
+
+    @property
+    def model(self) -> Path:
+        """The finished stage's checkpoint."""
+        return self.folder / "model"
+
+    def is_done(self) -> bool:
+        """Whether the stage is finished; raises `ConfigError` when something else is finished in its folder."""
+        path = self.folder / DONE
+        if not path.is_file():
+            return False
+        identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        if identity != json.loads(canonical_json(self.identity)):
+            raise ConfigError(
+                f"{self.folder}: holds a stage {self.stage.type} of another run: {_difference(identity, self.identity)}. "
+                "Choose another `output`, or remove the folder to train it again"
+            )
+        return True
+
+
+def plan_run(config: TrainConfig) -> list[StageRun]:
+    """The stages of the run, with the lake pinned: the snapshot of the first run stays that of every later one.
+
+    Raises `ConfigError` and `LakeError` before any work starts.
+    """
+    lake = Lake.open(config.data.lake)
+    samples = lake.cache(config.data.samples)
+    before: list[dict[str, Any]] = []
+    runs: list[StageRun] = []
+    for stage in config.stages:
+        folder = config.output / stage.type
+        identity: dict[str, Any] = {
+            "student": config.student.model_dump(mode="json"),
+            "stage": stage.model_dump(mode="json"),
+            "lake": {
+                "samples": samples.fingerprint,
+                "snapshot": _pinned(folder, config.data.snapshot, samples.open_snapshot().number),
+                "split": config.data.split,
+            },
+            "stages_before": fingerprint(before),
+        }
+        if isinstance(stage, PreferenceStage):
+            pairs = lake.cache(str(config.data.pairs))
+            identity["lake"]["pairs"] = pairs.fingerprint
+        runs.append(StageRun(stage, folder, identity, runs[-1].model if runs else None))
+        before.append(identity)
+    return runs
+
+
+def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
+    """Trains one stage to its end, resuming from its newest complete checkpoint. Returns its closing figures."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from logitlake_shared.images import image_processor_sha256, load_pixels
+    from logitlake_shared.reader import LakeDataset, PairDataset
+    from logitlake_shared.rendering import Renderer
+    from logitlake_student.checkpoints import newest_checkpoint
+    from logitlake_student.data import PairCollator, SampleCollator, StudentInputs, check_student_fits, tokens_per_image
+    from logitlake_student.models.assemble import save_student
+    from logitlake_student.models.parts import projector_prefix
+    from logitlake_student.models.upcycle import parameter_report
+    from logitlake_student.stages import freeze_for_stage
+    from logitlake_student.trainer import StageTrainer
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    started = time.monotonic()
+    stage = run.stage
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_provenance(run.folder / "provenance.json", config)
+    start_dir = starting_checkpoint(config, run)
+    model = starting_model(config, run, start_dir)
+    trained = freeze_for_stage(model, stage.type)
+    sees_images = projector_prefix(model) is not None
+
+    renderer = Renderer(start_dir)
+    snapshot = run.identity["lake"]["snapshot"]
+    samples = LakeDataset(
+        config.data.lake, config.data.samples, split=config.data.split, tasks=stage.tasks, snapshot=snapshot
+    )
+    check_student_fits(samples.spec, samples, renderer)
+    inputs = StudentInputs(
+        pad_id=renderer.pad_id,
+        image_token_id=renderer.image_token_id,
+        tokens_per_image=tokens_per_image(model.config) if sees_images else 0,
+        load_pixels=load_pixels(start_dir) if image_processor_sha256(start_dir) is not None else None,
+    )
+    dataset: Any = samples
+    collate: Any = SampleCollator(inputs)
+    if isinstance(stage, PreferenceStage):
+        dataset = PairDataset(config.data.lake, str(config.data.pairs), tasks=stage.tasks)
+        if dataset.spec.tokenizer != samples.spec.tokenizer:
+            raise TrainingError(
+                f"caches {config.data.samples!r} and {config.data.pairs!r} were captured with different tokenizers"
+            )
+        collate = PairCollator(inputs)
+
+    newest = newest_checkpoint(run.folder)
+    done_steps = newest[0] if newest is not None else 0
+    with progress(f"train {stage.type}", stage.steps, "steps") as advance:
+        trainer = StageTrainer(
+            model,
+            stage,
+            dataset,
+            collate,
+            run.folder,
+            vocab_size=renderer.vocab_size,
+            device=config.device,
+            advance=advance,
+        )
+        trainer.forget_metrics_after(done_steps)
+        if newest is not None:
+            advance(done_steps)
+        trainer.train(resume_from_checkpoint=str(newest[1]) if newest is not None else None)
+
+    building = run.folder / ".model"
+    shutil.rmtree(building, ignore_errors=True)
+    save_student(model, building, files_from=start_dir)
+    shutil.rmtree(run.model, ignore_errors=True)
+    building.rename(run.model)
+    parameters = parameter_report(model)
+    figures = {
+        "steps": stage.steps,
+        "seconds": round(time.monotonic() - started, 1),
+        "resumed_at_step": done_steps,
+        "params_total": parameters.params_total,
+        "params_active": parameters.params_active,
+        "params_trainable": parameters.params_trainable,
+        "tensors_trained": len(trained),
+    }
+    _write_atomically(run.folder / DONE, {"identity": run.identity, "figures": figures})
+    for checkpoint in run.folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    shutil.rmtree(run.folder / ".building", ignore_errors=True)
+    return figures
+
+
+def starting_checkpoint(config: TrainConfig, run: StageRun) -> Path:
+    """The folder a stage starts from: the stage before it, the given checkpoint, or a student assembled now."""
+    if run.previous is not None:
+        return run.previous
+    if config.student.checkpoint is not None:
+        return config.student.checkpoint
+    from logitlake_student.models.assemble import assemble_llava, save_assembled
+
+    vision_tower, language_model = config.student.vision_tower, config.student.language_model
+    assert vision_tower is not None
+    assert language_model is not None
+    folder = config.output / "assembled"
+    if not folder.is_dir():
+        building = config.output / ".assembled"
+        shutil.rmtree(building, ignore_errors=True)
+        model = assemble_llava(
+            vision_tower,
+            language_model,
+            projector_seed=config.student.projector_seed,
+            vision_feature_layer=config.student.vision_feature_layer,
+        )
+        save_assembled(model, building, vision_tower_dir=vision_tower, language_model_dir=language_model)
+        building.rename(folder)
+    return folder
+
+
+def starting_model(config: TrainConfig, run: StageRun, start_dir: Path) -> Any:
+    """The model a stage starts from, upcycled if the stage is dense to sparse. The same every time."""
+    import torch
+
+    from logitlake_student.models.load import load_student
+    from logitlake_student.models.upcycle import upcycle
+
+    model = load_student(start_dir, dtype=torch.float32)
+    if isinstance(run.stage, D2SStage):
+        model = upcycle(
+            model,
+            run.stage.num_experts,
+            run.stage.num_experts_per_tok,
+            run.stage.layers,
+            router_seed=run.stage.router_seed,
+        )
+    return model.to(config.device)
+
+
+def _pinned(folder: Path, wanted: int | None, newest: int) -> int:
+    """The configured snapshot, else the one an earlier run of the stage pinned, else the newest."""
+    if wanted is not None:
+        return wanted
+    pin = folder / "snapshot.json"
+    if not pin.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_atomically(pin, {"snapshot": newest})
+    return int(json.loads(pin.read_text(encoding="utf-8"))["snapshot"])
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
+    for key in sorted(there.keys() | here.keys()):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if inner := _difference(old, new, f"{prefix}{key}."):
+                return inner
+        elif old != json.loads(canonical_json(new)):
+            return f"`{prefix}{key}` is {old!r} there, {new!r} here"
+    return ""
+
+
+def _write_atomically(path: Path, document: dict[str, Any]) -> None:
+    building = path.with_name(f".{path.name}")
+    building.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    building.replace(path)

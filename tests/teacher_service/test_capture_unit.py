@@ -1,0 +1,184 @@
+"""One unit: what is written is what the teacher said, and nothing else ever is."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitlake_schemas import CaptureSpec, CodecPolicy
+from logitlake_shared.errors import DataError
+from logitlake_shared.lake import Cache, Lake
+from logitlake_shared.reader import LakeDataset
+from logitlake_shared.rendering import Renderer
+from logitlake_teacher.capture import capture_unit
+from logitlake_teacher.config import FakeEngineConfig, LlavaSource
+from logitlake_teacher.engines import EngineSetup, ScoredSample, build_engine, identify_engine
+from logitlake_teacher.engines.fake import FakeEngine
+from logitlake_teacher.planner import Plan, plan_samples
+from logitlake_teacher.unit_work import requests_of
+
+CODEC = CodecPolicy(k_max=8, k_min=8, p_min=0.0, grid="exact")
+
+
+class Bench:
+    """A plan, a fake teacher and an empty cache."""
+
+    def __init__(self, world: Any) -> None:
+        renderer = Renderer(world.model_dir)
+        source = LlavaSource(path=world.folder / "train.json", image_root=world.folder)
+        self.folder: Path = world.folder
+        self.plan: Plan = plan_samples([source], renderer, 200)
+        self.setup = EngineSetup(world.model_dir, renderer.vocab_size, renderer.eos_id, renderer.image_token_id, 8, 1)
+        self.spec = CaptureSpec(
+            kind="samples",
+            tokenizer=renderer.identity(),
+            engine=identify_engine(FakeEngineConfig(), self.setup),
+            codec=CODEC,
+            dataset=self.plan.dataset,
+        )
+
+    def engine(self, **faults: Any) -> FakeEngine:
+        """The fake teacher, with faults."""
+        engine = build_engine(FakeEngineConfig(**faults), self.setup)
+        assert isinstance(engine, FakeEngine)
+        return engine
+
+    def cache(self, name: str = "capture") -> Cache:
+        """The cache of that name in the bench's lake."""
+        return Lake.create(self.folder / "lake").create_cache(name, self.spec)
+
+
+@pytest.fixture
+def bench(teacher_world: Any) -> Bench:
+    """A plan, a fake teacher and an empty cache."""
+    return Bench(teacher_world)
+
+
+def test_the_lake_holds_what_the_teacher_said(bench: Bench) -> None:
+    """With the exact grid, every stored row is the truth over the vocabulary, cut at k, with the rest as tail."""
+    engine, cache = bench.engine(), bench.cache()
+    for unit in bench.plan.units:
+        capture_unit(engine, unit, cache, {})
+    cache.snapshot()
+    dataset = LakeDataset(bench.folder / "lake", "capture")
+    stored = {sample.sample_id: sample for sample in (dataset[position] for position in range(len(dataset)))}
+    for unit in bench.plan.units:
+        for item in unit.items:
+            sample = stored.pop(item.item_id)
+            images = {sha256: _Image(data) for sha256, data in zip(sample.image_sha256, sample.images, strict=True)}
+            (request,) = requests_of(item, images)  # type: ignore[arg-type]  # only the bytes are looked at
+            truth_TV = engine.truth(request)
+            rows = sample.rows
+            topk_ids_TK = rows.topk_ids.reshape(-1, 8)
+            best_TK = np.sort(truth_TV, axis=1)[:, ::-1][:, :8]
+            np.testing.assert_allclose(rows.topk_logprobs.reshape(-1, 8), best_TK, rtol=1e-6)
+            np.testing.assert_allclose(np.take_along_axis(truth_TV, topk_ids_TK, 1), best_TK)
+            np.testing.assert_allclose(np.exp(rows.log_tail_mass_T), 1 - np.exp(best_TK).sum(1), atol=1e-6)
+            labels_T = truth_TV[np.arange(len(truth_TV)), sample.response_ids]
+            np.testing.assert_allclose(rows.label_logprob_T, labels_T, rtol=1e-6)
+    assert not stored
+
+
+class _Image:
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+
+def test_a_committed_unit_is_not_scored_again(bench: Bench) -> None:
+    """The second publisher gets the first one's record without asking the teacher."""
+    cache, unit = bench.cache(), bench.plan.units[0]
+    first = capture_unit(bench.engine(), unit, cache, {})
+    fails = bench.engine(raise_on=tuple(item.item_id for item in unit.items))
+    assert capture_unit(fails, unit, cache, {}) == first
+
+
+def test_images_are_stored_once_a_unit(bench: Bench) -> None:
+    """Four questions about a picture, one row of image bytes."""
+    for unit in bench.plan.units:
+        record = capture_unit(bench.engine(), unit, bench.cache(), {})
+        (images,) = [entry for entry in record.shards if entry.kind == "images"]
+        assert images.rows == len({sha256 for item in unit.items for sha256 in item.image_sha256})
+
+
+def test_an_image_that_changed_after_planning_stops_the_capture(bench: Bench) -> None:
+    """`input_changed`: what would be written is not what the fingerprint says."""
+    (bench.folder / "images" / "0.png").write_bytes((bench.folder / "images" / "1.png").read_bytes())
+    changed = [
+        unit
+        for unit in bench.plan.units
+        if any(str(image.path).endswith("0.png") for item in unit.items for image in item.images)
+    ]
+    with pytest.raises(DataError, match="input_changed"):
+        capture_unit(bench.engine(), changed[0], bench.cache(), {})
+
+
+def _nan(answer: ScoredSample) -> ScoredSample:
+    answer.rows.label_logprob_T[0] = np.nan
+    return answer
+
+
+def _unsorted(answer: ScoredSample) -> ScoredSample:
+    answer.rows.topk_logprobs_TK[0] = answer.rows.topk_logprobs_TK[0, ::-1].copy()
+    return answer
+
+
+def _foreign_id(answer: ScoredSample) -> ScoredSample:
+    answer.rows.topk_ids_TK[0, 0] = 300
+    return answer
+
+
+def _twice(answer: ScoredSample) -> ScoredSample:
+    answer.rows.topk_ids_TK[0, 1] = answer.rows.topk_ids_TK[0, 0]
+    return answer
+
+
+def _too_much_mass(answer: ScoredSample) -> ScoredSample:
+    answer.rows.log_tail_mass_T[0] = 0.0
+    return answer
+
+
+def _row_missing(answer: ScoredSample) -> ScoredSample:
+    fewer = {name: value[:-1] for name, value in vars(answer.rows).items()}
+    return replace(answer, rows=replace(answer.rows, **fewer))
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (_nan, "teacher_nonfinite"),
+        (_unsorted, "teacher_invalid"),
+        (_foreign_id, "teacher_invalid"),
+        (_twice, "teacher_invalid"),
+        (_too_much_mass, "teacher_invalid"),
+        (_row_missing, "teacher_invalid"),
+    ],
+)
+def test_an_impossible_answer_is_an_error_row_never_a_row(
+    bench: Bench, damage: Callable[[ScoredSample], ScoredSample], code: str
+) -> None:
+    """The first sample of the unit gets the error, the others are captured."""
+
+    class Damaged(FakeEngine):
+        def score(self, requests: Any) -> Any:
+            answers = super().score(requests)
+            assert isinstance(answers[0], ScoredSample)
+            return [damage(answers[0]), *answers[1:]]
+
+    unit = bench.plan.units[0]
+    record = capture_unit(Damaged(FakeEngineConfig(), bench.setup), unit, bench.cache(), {})
+    assert [(error.sample_id, error.code) for error in record.errors] == [(unit.items[0].item_id, code)]
+    (rows,) = [entry for entry in record.shards if entry.kind == "samples"]
+    assert rows.rows == len(unit.items) - 1
+
+
+def test_a_unit_of_nothing_but_errors_is_committed_too(bench: Bench) -> None:
+    """Its record has the errors and no shard, and the plan is complete."""
+    unit = bench.plan.units[0]
+    crashed = {item.item_id: "ended" for item in unit.items}
+    record = capture_unit(bench.engine(), unit, bench.cache(), crashed)
+    assert record.shards == ()
+    assert [error.code for error in record.errors] == ["teacher_crashed"] * len(unit.items)
+    assert bench.cache().committed_units() == {unit.unit_id}
