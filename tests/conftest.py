@@ -163,7 +163,8 @@ _TINY_CORPUS = (
 )
 _TINY_TEMPLATE = (
     "{%- for message in messages -%}{{- '<' + message['role'] + '>' -}}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}{%- for part in message['content'] -%}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+    "{%- for part in message['content'] -%}"
     "{%- if part['type'] == 'image' -%}{{- '<image>' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}{%- if message['role'] == 'assistant' -%}{{- '<end>' -}}{%- endif -%}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"

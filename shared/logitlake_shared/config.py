@@ -10,17 +10,18 @@ import platform
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from logitlake_shared.errors import ConfigError
 
-__all__ = ["StrictModel", "load_config", "to_toml", "write_provenance"]
+__all__ = ["StrictModel", "field_table", "load_config", "to_toml", "write_provenance"]
 
 # The libraries whose version can move a figure; those that are not installed are left out of the provenance.
 _PROVENANCE_PACKAGES = (
@@ -70,6 +71,15 @@ def load_config(cls: type[Model], path: Path | None, overrides: Sequence[str] = 
 def to_toml(config: BaseModel) -> str:
     """The resolved configuration as TOML; what `--dry-run` prints."""
     return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
+
+
+def field_table(cls: type[BaseModel]) -> str:
+    """Every key of a configuration as a Markdown table: key, type, default, what it is for. A README holds it.
+
+    Alternatives on `type` stand as `key[alternative].field`; what all of them share stands once, as `key.field`.
+    """
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([*rows, *_field_rows(cls.model_fields, "")]) + "\n"
 
 
 def write_provenance(path: Path, config: BaseModel) -> None:
@@ -147,6 +157,73 @@ def _explain(error: ValidationError) -> str:
         else:
             sentences.append(f"`{key}`: {problem['msg']}, got {problem['input']!r}")
     return "; ".join(sentences)
+
+
+def _field_rows(fields: Mapping[str, FieldInfo], prefix: str) -> Iterator[str]:
+    for name, field in fields.items():
+        key = f"{prefix}{name}"
+        sections = _sections(field.annotation)
+        if not sections:
+            cells = (f"`{key}`", _type_name(field), _default(field), (field.description or "").replace("\n", " "))
+            yield f"| {' | '.join(cells)} |"
+        elif len(sections) == 1:
+            yield from _field_rows(sections[0].model_fields, f"{key}.")
+        else:
+            alternatives = {_alternative(section): section.model_fields for section in sections}
+            default = "required" if field.is_required() else f"`{json.dumps(field.default.type)}`"
+            yield f"| `{key}.type` | {_code(alternatives)} | {default} | {field.description or ''} |"
+            first = next(iter(alternatives.values()))
+            shared = {
+                name: first[name]
+                for name in first
+                if all(repr(own.get(name)) == repr(first[name]) for own in alternatives.values())
+            }
+            yield from _field_rows(shared, f"{key}.")
+            for alternative, own in alternatives.items():
+                rest = {name: own[name] for name in own if name not in (*shared, "type")}
+                yield from _field_rows(rest, f"{key}[{alternative}].")
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The configuration sections inside an annotation: one, alternatives, or a tuple of either."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections(argument)]
+
+
+def _alternative(section: type[BaseModel]) -> str:
+    return str(get_args(section.model_fields["type"].annotation)[0])
+
+
+def _type_name(field: FieldInfo) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    bounds = [
+        f"{sign} {getattr(bound, name)}"
+        for bound in field.metadata
+        for name, sign in signs.items()
+        if hasattr(bound, name)
+    ]
+    return " ".join([_annotation_name(field.annotation), ", ".join(bounds)]).strip()
+
+
+def _annotation_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return _code(get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"list of {_annotation_name(get_args(annotation)[0])}"
+    if arguments := get_args(annotation):
+        return " or ".join(_annotation_name(argument) for argument in arguments if argument is not type(None))
+    return {"str": "string", "Path": "path"}.get(annotation.__name__, annotation.__name__)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "" if field.default is None else f"`{json.dumps(field.default, default=str)}`"
+
+
+def _code(names: Iterable[object]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _without_none(value: Any) -> Any:

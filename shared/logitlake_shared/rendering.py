@@ -117,9 +117,16 @@ class Renderer:
         if not messages or messages[-1]["role"] != "user":
             raise DataError("an assistant turn must follow a user turn")
         text: str = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            [self._as_the_template_reads(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
         return text
+
+    def _as_the_template_reads(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        # Templates of text-only models add the content to a string; those of multimodal ones walk over its parts.
+        content = message["content"]
+        if self.image_token_id is None and not any(part["type"] == "image" for part in _content_parts(content)):
+            return {**message, "content": _text(content)}
+        return dict(message)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -138,10 +145,12 @@ def _load_tokenizer(model_dir: Path) -> Any:
     return AutoTokenizer.from_pretrained(model_dir)
 
 
+def _content_parts(content: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    return ({"type": "text", "text": content},) if isinstance(content, str) else content
+
+
 def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
+    return "".join(part["text"] for part in _content_parts(content) if part["type"] == "text")
 
 
 def _image_token_id(model_dir: Path) -> int | None:

@@ -37,7 +37,7 @@ ShardKind = Literal["samples", "pairs", "images"]
 class Record(BaseModel):
     """Base of every document: frozen, strict about keys, with one canonical byte form."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def to_bytes(self) -> bytes:
         """The canonical JSON of the document, with a final newline."""

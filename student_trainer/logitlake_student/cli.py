@@ -61,7 +61,8 @@ def evaluate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         if result is None:
             result = examine(resolved, model)
         click.echo(
-            f"{model.name}: vqa accuracy {result['vqa_accuracy']:.3f}, hallucination F1 {result['hallucination_f1']:.3f}, "
+            f"{model.name}: vqa accuracy {result['vqa_accuracy']:.3f}, "
+            f"hallucination F1 {result['hallucination_f1']:.3f}, "
             f"captions with a hallucination {result['caption_hallucination_rate']:.3f}, "
             f"KL to teacher {result['kl_to_teacher']:.4f}"
         )

@@ -90,11 +90,14 @@ class _Stage(StrictModel):
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     """share of the steps that warm up"""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay of the gradient's mean"""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW's decay of the gradient's square"""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay"""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """gradients are clipped to this global norm"""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """seed of the order of the samples"""
     log_every: int = Field(default=10, gt=0)
     """steps between two lines of metrics"""
@@ -116,14 +119,18 @@ class InitStage(_Stage):
     """Adaptor init: the projector learns from labels."""
 
     type: Literal["init"]
+    """which stage this is"""
     kl_weight: float = Field(default=0.0, ge=0)
+    """weight of forward_kl = KL(teacher‖student), per token"""
     ce_weight: float = Field(default=1.0, ge=0)
+    """weight of the cross-entropy on the labels, per token"""
 
 
 class D2DStage(_Stage):
     """Dense to dense: language model and projector learn the teacher's distribution."""
 
     type: Literal["d2d"]
+    """which stage this is"""
     kl_weight: float = Field(default=1.0, ge=0)
     """weight of forward_kl = KL(teacher‖student), per token"""
     ce_weight: float = Field(default=0.0, ge=0)
@@ -134,6 +141,7 @@ class D2SStage(_Stage):
     """Dense to sparse: the dense student is upcycled, its feed-forward networks and routers learn on."""
 
     type: Literal["d2s"]
+    """which stage this is"""
     kl_weight: float = Field(default=1.0, ge=0)
     """weight of forward_kl = KL(teacher‖student), per token"""
     ce_weight: float = Field(default=0.0, ge=0)
@@ -147,7 +155,7 @@ class D2SStage(_Stage):
     router_seed: int = 0
     """seed of the fresh routers"""
     balance_weight: float = Field(default=0.01, ge=0)
-    """weight of the load-balancing loss, mean over layers"""
+    """weight of the load-balancing loss: mean over layers, frequencies of a micro-batch"""
     z_loss_weight: float = Field(default=0.0, ge=0)
     """weight of the router z-loss"""
 
@@ -156,7 +164,9 @@ class PreferenceStage(_Stage):
     """Preference distillation: chosen responses gain on rejected ones, measured against a reference."""
 
     type: Literal["preference"]
+    """which stage this is"""
     loss: Literal["dpo", "kto_pair", "ipo", "hinge"] = "dpo"
+    """which preference loss; the baseline of `kto_pair` is the mean over a micro-batch"""
     beta: float = Field(default=0.1, gt=0)
     """how strongly the reference holds"""
     reference: Literal["teacher", "initial_student", "none"] = "teacher"
@@ -168,7 +178,7 @@ class PreferenceStage(_Stage):
     length_normalised: bool = False
     """divide each response's logprob by its tokens before the loss"""
     balance_weight: float = Field(default=0.01, ge=0)
-    """weight of the load-balancing loss, mean over layers"""
+    """weight of the load-balancing loss: mean over layers, frequencies of a micro-batch"""
 
 
 StageConfig = Annotated[InitStage | D2DStage | D2SStage | PreferenceStage, Field(discriminator="type")]
@@ -182,8 +192,11 @@ class TrainConfig(StrictModel):
     preset: Literal["improved", "faithful"] = "improved"
     """which defaults the stages start from"""
     student: StudentConfig
+    """what the student is made of"""
     data: DataConfig
+    """where the rows come from"""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
+    """one `[[stages]]` table a stage, in the order init, d2d, d2s, preference; any may be left out"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the student trains"""
     num_threads: int | None = Field(default=None, gt=0)
@@ -194,9 +207,11 @@ class TrainConfig(StrictModel):
     def _start_from_preset(cls, document: Any) -> Any:
         if not isinstance(document, dict) or document.get("preset") != "faithful":
             return document
+        if not isinstance(document.get("stages"), list | tuple):
+            return document
         stages = [
-            {**FAITHFUL.get(stage.get("type"), {}), **stage} if isinstance(stage, dict) else stage
-            for stage in document.get("stages", ())
+            {**FAITHFUL.get(str(stage.get("type")), {}), **stage} if isinstance(stage, dict) else stage
+            for stage in document["stages"]
         ]
         return {**document, "stages": stages}
 
@@ -249,10 +264,13 @@ class EvalConfig(StrictModel):
     objects_key: str = "objects"
     """key of a record that lists the objects truly in its image"""
     max_new_tokens: int = Field(default=48, gt=0)
+    """tokens of an answer, at most; decoding is greedy"""
     batch_size: int = Field(default=128, gt=0)
+    """samples of one forward pass"""
     num_examples: int = Field(default=6, ge=0)
     """captions kept for the report"""
     device: Literal["cpu", "cuda"] = "cpu"
+    """where the models run"""
 
 
 class ExportConfig(StrictModel):
@@ -286,7 +304,10 @@ class ReportConfig(StrictModel):
     cache: str
     """its cache of samples"""
     html: Path
+    """the page to write"""
     summary: Path
+    """the JSON file to write"""
     seconds: Path | None = None
     """JSON file {step: seconds} to show; default: the stages' own seconds"""
     title: str = "LogitLake"
+    """heading of the page"""

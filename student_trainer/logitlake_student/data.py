@@ -48,7 +48,7 @@ def tokens_per_image(config: Any) -> int:
     """Tokens that one image becomes in a LLaVA student: the tower's patches, and its class token for `full`."""
     vision = config.vision_config
     patches: int = (vision.image_size // vision.patch_size) ** 2
-    return patches + (config.vision_feature_select_strategy == "full")
+    return patches + 1 if config.vision_feature_select_strategy == "full" else patches
 
 
 def check_student_fits(spec: CaptureSpec, dataset: LakeDataset, renderer: Renderer) -> None:
@@ -108,11 +108,22 @@ class Sequences:
 
 
 class StudentInputs:
-    """Makes what the student's forward pass takes. `load_pixels` is None for a text-only student."""
+    """Makes what the student's forward pass takes.
+
+    `load_pixels` is None for a text-only student; `context_length` is the number of positions that the student was
+    made for, None where it does not say.
+    """
 
     def __init__(
-        self, *, pad_id: int, image_token_id: int | None, tokens_per_image: int, load_pixels: PixelLoader | None
+        self,
+        *,
+        pad_id: int,
+        image_token_id: int | None,
+        tokens_per_image: int,
+        load_pixels: PixelLoader | None,
+        context_length: int | None = None,
     ) -> None:
+        self._context_length = context_length
         self._pad_id, self._image_token_id, self._tokens_per_image = pad_id, image_token_id, tokens_per_image
         self._load_pixels = load_pixels
         self._pixels: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
@@ -141,6 +152,15 @@ class StudentInputs:
             label_ids_R=torch.from_numpy(np.concatenate(labels)),
             sequence_R=torch.from_numpy(np.repeat(np.arange(len(rows)), [len(rows_R) for rows_R in rows])),
         )
+
+    def check_length(self, sequences: Sequences, names: Sequence[str]) -> None:
+        """Raises `TrainingError` naming the first sequence that is longer than the student's context."""
+        for name, length in zip(names, sequences.attention_mask_BS.sum(dim=1).tolist(), strict=True):
+            if self._context_length is not None and length > self._context_length:
+                raise TrainingError(
+                    f"{name}: {length} positions with its images expanded, the student was made for "
+                    f"{self._context_length}; leave its task out by `tasks`, or capture without it"
+                )
 
     def pixels(self, images: Sequence[bytes]) -> Tensor | None:
         """`pixel_values_NCHW` float32 of encoded images in order; None where there are none."""
@@ -173,6 +193,7 @@ class SampleCollator:
         sequences = self.inputs.sequences(
             [(s.prompt_ids, s.prompt_lengths, s.response_ids, s.response_lengths, len(s.images)) for s in samples]
         )
+        self.inputs.check_length(sequences, [f"sample {sample.sample_id}" for sample in samples])
         batch = _as_batch(sequences, self.inputs.pixels([image for sample in samples for image in sample.images]))
         decoded = [decode(sample.rows) for sample in samples]
         k = max(ids_TK.shape[1] for ids_TK, _, _ in decoded)
@@ -201,6 +222,7 @@ class PairCollator:
             for response_ids in (response(pair)[0],)
         ]
         sequences = self.inputs.sequences(conversations)
+        self.inputs.check_length(sequences, [f"pair {pair.pair_id}" for pair in (*pairs, *pairs)])
         batch = _as_batch(sequences, self.inputs.pixels([image for pair in (*pairs, *pairs) for image in pair.images]))
         logprobs = [response(pair)[1] for response in _RESPONSES for pair in pairs]
         batch["sequence_R"] = sequences.sequence_R

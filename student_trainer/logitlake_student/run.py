@@ -2,13 +2,15 @@
 
     <output>/<stage>/model/          the finished stage: a stock checkpoint with tokenizer and processor
     <output>/<stage>/metrics.jsonl   one line of JSON every `log_every` steps
-    <output>/<stage>/done.json       written last: what was trained on what, and the closing figures
+    <output>/<stage>/started.json    written first: what is trained on what
+    <output>/<stage>/done.json       written last: the same, and the closing figures
     <output>/<stage>/provenance.json resolved configuration, versions, command line
     <output>/<stage>/checkpoint-N/   while the stage runs
+    <output>/snapshots.json          the snapshot of each cache that the run is pinned to
 
-A stage is done when `done.json` says so for the same stage configuration, the same lake and the same stages before
-it; then it is skipped, before anything heavy is imported. If it says so for something else, that is an error which
-names the difference: results are never mixed.
+A stage is done when `done.json` is there; then it is skipped, before anything heavy is imported. A folder in which
+another configuration, another lake or other stages before it were begun or finished is an error which names the
+difference: results are never mixed.
 """
 
 import json
@@ -21,7 +23,7 @@ from typing import Any
 from logitlake_schemas import canonical_json, fingerprint
 from logitlake_shared.cli_support import progress
 from logitlake_shared.config import write_provenance
-from logitlake_shared.errors import ConfigError, TrainingError
+from logitlake_shared.errors import ConfigError, FingerprintMismatchError
 from logitlake_shared.lake import Lake
 from logitlake_student.config import (
     D2SStage,
@@ -32,7 +34,9 @@ from logitlake_student.config import (
 
 __all__ = ["StageRun", "plan_run", "train_stage"]
 
+STARTED = "started.json"
 DONE = "done.json"
+SNAPSHOTS = "snapshots.json"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class StageRun:
     identity: dict[str, Any]
     previous: Path | None
     """the finished model of the stage before it"""
+    snapshots: dict[str, int]
+    """by cache, the snapshot that the whole run is pinned to"""
 
     @property
     def model(self) -> Path:
@@ -51,44 +57,50 @@ class StageRun:
         return self.folder / "model"
 
     def is_done(self) -> bool:
-        """Whether the stage is finished; raises `ConfigError` when something else is finished in its folder."""
-        path = self.folder / DONE
-        if not path.is_file():
-            return False
-        identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
-        if identity != json.loads(canonical_json(self.identity)):
-            raise ConfigError(
-                f"{self.folder}: holds a stage {self.stage.type} of another run: {_difference(identity, self.identity)}. "
-                "Choose another `output`, or remove the folder to train it again"
-            )
-        return True
+        """Whether the stage is finished; raises `ConfigError` when something else was begun in its folder."""
+        for name in (DONE, STARTED):
+            if not (self.folder / name).is_file():
+                continue
+            identity = _read(self.folder / name)["identity"]
+            if identity != json.loads(canonical_json(self.identity)):
+                raise ConfigError(
+                    f"{self.folder}: holds a stage {self.stage.type} of another run: "
+                    f"{_difference(identity, self.identity)}. Choose another `output`, or remove the folder to train "
+                    "it again"
+                )
+        return (self.folder / DONE).is_file()
 
 
 def plan_run(config: TrainConfig) -> list[StageRun]:
-    """The stages of the run, with the lake pinned: the snapshot of the first run stays that of every later one.
+    """The stages of the run, with the lake pinned: the snapshots of the first run stay those of every later one.
 
-    Raises `ConfigError` and `LakeError` before any work starts.
+    Writes nothing. Raises `ConfigError` and `LakeError` before any work starts.
     """
     lake = Lake.open(config.data.lake)
     samples = lake.cache(config.data.samples)
+    pinned = _read(config.output / SNAPSHOTS) if (config.output / SNAPSHOTS).is_file() else {}
+    wanted = config.data.snapshot or pinned.get(samples.name)
+    snapshots = {samples.name: samples.open_snapshot(wanted).number}
+    identity_of_lake: dict[str, Any] = {
+        "samples": samples.fingerprint,
+        "snapshot": snapshots[samples.name],
+        "split": config.data.split,
+    }
+    identity_of_pairs: dict[str, Any] = {}
+    if config.data.pairs is not None:
+        pairs = lake.cache(config.data.pairs)
+        snapshots[pairs.name] = pairs.open_snapshot(pinned.get(pairs.name)).number
+        identity_of_pairs = {"pairs": pairs.fingerprint, "pairs_snapshot": snapshots[pairs.name]}
     before: list[dict[str, Any]] = []
     runs: list[StageRun] = []
     for stage in config.stages:
-        folder = config.output / stage.type
         identity: dict[str, Any] = {
             "student": config.student.model_dump(mode="json"),
             "stage": stage.model_dump(mode="json"),
-            "lake": {
-                "samples": samples.fingerprint,
-                "snapshot": _pinned(folder, config.data.snapshot, samples.open_snapshot().number),
-                "split": config.data.split,
-            },
+            "lake": identity_of_lake | (identity_of_pairs if isinstance(stage, PreferenceStage) else {}),
             "stages_before": fingerprint(before),
         }
-        if isinstance(stage, PreferenceStage):
-            pairs = lake.cache(str(config.data.pairs))
-            identity["lake"]["pairs"] = pairs.fingerprint
-        runs.append(StageRun(stage, folder, identity, runs[-1].model if runs else None))
+        runs.append(StageRun(stage, config.output / stage.type, identity, runs[-1].model if runs else None, snapshots))
         before.append(identity)
     return runs
 
@@ -104,7 +116,7 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     from logitlake_student.checkpoints import newest_checkpoint
     from logitlake_student.data import PairCollator, SampleCollator, StudentInputs, check_student_fits, tokens_per_image
     from logitlake_student.models.assemble import save_student
-    from logitlake_student.models.parts import projector_prefix
+    from logitlake_student.models.parts import projector_prefix, text_config
     from logitlake_student.models.upcycle import parameter_report
     from logitlake_student.stages import freeze_for_stage
     from logitlake_student.trainer import StageTrainer
@@ -115,17 +127,18 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         torch.set_num_threads(config.num_threads)
     started = time.monotonic()
     stage = run.stage
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_provenance(run.folder / "provenance.json", config)
     start_dir = starting_checkpoint(config, run)
     model = starting_model(config, run, start_dir)
     trained = freeze_for_stage(model, stage.type)
     sees_images = projector_prefix(model) is not None
 
     renderer = Renderer(start_dir)
-    snapshot = run.identity["lake"]["snapshot"]
     samples = LakeDataset(
-        config.data.lake, config.data.samples, split=config.data.split, tasks=stage.tasks, snapshot=snapshot
+        config.data.lake,
+        config.data.samples,
+        split=config.data.split,
+        tasks=None if isinstance(stage, PreferenceStage) else stage.tasks,
+        snapshot=run.snapshots[config.data.samples],
     )
     check_student_fits(samples.spec, samples, renderer)
     inputs = StudentInputs(
@@ -133,16 +146,24 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         image_token_id=renderer.image_token_id,
         tokens_per_image=tokens_per_image(model.config) if sees_images else 0,
         load_pixels=load_pixels(start_dir) if image_processor_sha256(start_dir) is not None else None,
+        context_length=getattr(text_config(model), "max_position_embeddings", None),
     )
     dataset: Any = samples
     collate: Any = SampleCollator(inputs)
     if isinstance(stage, PreferenceStage):
-        dataset = PairDataset(config.data.lake, str(config.data.pairs), tasks=stage.tasks)
+        pairs = str(config.data.pairs)
+        dataset = PairDataset(config.data.lake, pairs, tasks=stage.tasks, snapshot=run.snapshots[pairs])
         if dataset.spec.tokenizer != samples.spec.tokenizer:
-            raise TrainingError(
-                f"caches {config.data.samples!r} and {config.data.pairs!r} were captured with different tokenizers"
+            raise FingerprintMismatchError(
+                f"{config.data.lake}: caches {config.data.samples!r} and {pairs!r} were captured with different "
+                "tokenizers; capture both with one teacher"
             )
         collate = PairCollator(inputs)
+
+    run.folder.mkdir(parents=True, exist_ok=True)
+    _write_atomically(config.output / SNAPSHOTS, run.snapshots)
+    _write_atomically(run.folder / STARTED, {"identity": run.identity})
+    write_provenance(run.folder / "provenance.json", config)
 
     newest = newest_checkpoint(run.folder)
     done_steps = newest[0] if newest is not None else 0
@@ -229,15 +250,9 @@ def starting_model(config: TrainConfig, run: StageRun, start_dir: Path) -> Any:
     return model.to(config.device)
 
 
-def _pinned(folder: Path, wanted: int | None, newest: int) -> int:
-    """The configured snapshot, else the one an earlier run of the stage pinned, else the newest."""
-    if wanted is not None:
-        return wanted
-    pin = folder / "snapshot.json"
-    if not pin.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(pin, {"snapshot": newest})
-    return int(json.loads(pin.read_text(encoding="utf-8"))["snapshot"])
+def _read(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:

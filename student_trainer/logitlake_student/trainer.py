@@ -3,7 +3,8 @@
 What comes from Trainer: the loop, optimiser and schedule, accumulation, clipping, DDP. What is ours:
 
 * the loss is a sum over response tokens (or pairs) divided by their number in the *global* batch, whatever the
-  micro-batching, so 1 x 64 and 4 x 16 are the same step;
+  micro-batching, so 1 x 64 and 4 x 16 are the same step. Two terms are not sums over tokens and see one forward pass
+  at a time: the balance loss, whose expert frequencies are those of the micro-batch, and the baseline of `kto_pair`;
 * only response rows reach the lm_head, in chunks;
 * the order of the samples is a function of the seed (`data.EpochOrder`), so a resumed stage repeats the batches;
 * a checkpoint holds the trainable tensors, the optimiser and the schedule, and is complete or not there;
@@ -74,7 +75,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if stage.batch_size % (micro_batch * world_size):
             raise TrainingError(
-                f"batch_size {stage.batch_size} is not a multiple of micro_batch_size {micro_batch} x {world_size} ranks"
+                f"batch_size {stage.batch_size} is not a multiple of micro_batch_size {micro_batch} x {world_size} "
+                "ranks; change one of them"
             )
         self._stage, self._stage_dir, self._vocab_size = stage, stage_dir, vocab_size
         self._sums: dict[str, float] = defaultdict(float)
@@ -108,7 +110,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.add_callback(_Progress(advance, self._latest))
         reference_needed = isinstance(stage, PreferenceStage) and stage.reference == "initial_student"
         self._reference = copy.deepcopy(model).eval().requires_grad_(False) if reference_needed else None
-        self._has_routers = hasattr(text_config(model), "num_experts_per_tok")
+        balances = isinstance(stage, D2SStage | PreferenceStage)
+        self._has_routers = balances and hasattr(text_config(model), "num_experts_per_tok")
         self._shown: dict[str, Any] = {}
 
     # ---- order ----
@@ -122,7 +125,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: Any) -> Tensor:
         """Response tokens (pairs for a preference stage) of the global batch: all micro-batches, all ranks."""
         count = sum(self._num_items(batch) for batch in batch_samples)
-        return self.accelerator.gather(torch.tensor([count], device=device)).sum()  # type: ignore[no-any-return]
+        counts: Tensor = self.accelerator.gather(torch.tensor([count], device=device))
+        return counts.sum()
 
     def _num_items(self, batch: Batch) -> int:
         if isinstance(self._stage, PreferenceStage):
@@ -142,7 +146,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         else:
             loss_sum, sums = self._distillation(hidden_RH, inputs)
         # DDP averages gradients over ranks; the division by the global count already is the average.
-        loss = loss_sum / num_items_in_batch * self.accelerator.num_processes
+        loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes
         if recorder is not None:
             loss = loss + self._routing_losses(recorder.logits(), inputs) / self.current_gradient_accumulation_steps
         if not torch.isfinite(loss):
@@ -156,7 +160,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return loss
 
     def _head(self) -> Tensor:
-        return _unwrapped(self.model).lm_head.weight[: self._vocab_size]  # type: ignore[no-any-return]
+        weight_VH: Tensor = _unwrapped(self.model).lm_head.weight[: self._vocab_size]
+        return weight_VH
 
     def _distillation(self, hidden_RH: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         stage = self._stage

@@ -52,6 +52,8 @@ class FakeEngineConfig(StrictModel):
     """longest sample, images expanded"""
     die_on: tuple[str, ...] = ()
     """fault: the process ends at once when it meets one of these sample ids"""
+    die_at_start: bool = False
+    """fault: the process ends while the engine is being made"""
     die_after_calls: int | None = Field(default=None, ge=0)
     """fault: the process kills itself with SIGKILL on the call after this many, that is, after as many units"""
     raise_on: tuple[str, ...] = ()
@@ -118,7 +120,8 @@ class RayExecutorConfig(StrictModel):
     gpus_per_actor: float = Field(default=0, ge=0)
     """GPUs reserved for an actor"""
     max_attempts: int = Field(default=2, gt=0)
-    """times that a unit may kill its actor before its samples are tried in halves to find the one that does"""
+    """times that a unit may kill its actor before its samples are tried in halves to find the one that does, and that
+    an actor may die while it loads the teacher before the command ends"""
 
 
 ExecutorConfig = Annotated[InlineExecutorConfig | RayExecutorConfig, Field(discriminator="type")]
@@ -139,7 +142,7 @@ class LlavaSource(StrictModel):
     type: Literal["llava"] = "llava"
     path: Path
     """the JSON file"""
-    image_root: Path
+    image_root: Path = Path()
     """folder that the records' `image` paths are relative to"""
     source: str | None = None
     """name of the source in the lake; default: the file's name"""

@@ -196,6 +196,10 @@ def _render(
     digests: _ImageDigests,
     where: str,
 ) -> tuple[Rendered, tuple[str, ...]]:
+    if record.images and renderer.image_token_id is None:
+        raise DataError(
+            f"{where}: it has {len(record.images)} images, but the teacher reads text only; use a multimodal one"
+        )
     try:
         rendered = renderer.render(messages)
         ids_S, is_response_S = interleave(

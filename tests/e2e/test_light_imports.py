@@ -23,7 +23,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 
 
 def test_reading_a_lake_needs_no_torch() -> None:
-    """The base install (schemas and shared, without rendering) works where torch, transformers, ray, vllm are missing."""
+    """The base install reads a lake and answers SQL where torch, transformers, ray and vllm are missing."""
     script = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'ray', 'vllm'): sys.modules[name] = None\n"

@@ -97,3 +97,12 @@ def test_a_template_that_hides_the_end_of_a_turn_is_refused(tmp_path: Path) -> N
     turns = [IMAGE_TURN, {"role": "assistant", "content": "a"}, IMAGE_TURN, {"role": "assistant", "content": "a"}]
     with pytest.raises(DataError, match="does not write a finished assistant turn"):
         renderer.render(turns)
+
+
+def test_a_text_only_template_gets_text(tmp_path: Path) -> None:
+    """Templates of text-only models add the content to a string; parts of text reach them as one string."""
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %} bot: "
+    folder = _save(tmp_path / "model", template)
+    (folder / "config.json").write_text("{}")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "what is it"}]}]
+    assert Renderer(folder).render_prompt(parts).tolist() == [3, 5, 6, 7, 4]

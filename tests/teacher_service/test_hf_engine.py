@@ -93,6 +93,43 @@ def test_the_batch_budget_changes_no_number(setup: EngineSetup, requests: list[S
         np.testing.assert_allclose(one.rows.topk_logprobs_TK, other.rows.topk_logprobs_TK, atol=TWIN_TOLERANCE, rtol=0)
 
 
+def test_a_text_only_teacher_is_scored_too(tmp_path: Path) -> None:
+    """A causal language model, tied embeddings and all: the rows are those of its full softmax."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        max_position_embeddings=64,
+    )
+    model = Qwen3ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "text")
+    prompt, response = np.arange(5, dtype=np.int32), np.array([7, 8, 9, 1], np.int32)
+    request = ScoreRequest("text", prompt, np.array([5], np.int32), response, np.array([4], np.int32))
+    answer = build_engine(HfEngineConfig(), EngineSetup(tmp_path / "text", 50, 1, None, 8, 1)).score([request])[0]
+    assert isinstance(answer, ScoredSample)
+    with torch.inference_mode():
+        logits_SV = model(input_ids=torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]).logits[
+            0
+        ]
+    expected_TV = torch.log_softmax(logits_SV[4:8].double(), -1).numpy()
+    np.testing.assert_allclose(
+        answer.rows.label_logprob_T, expected_TV[np.arange(4), response], atol=TWIN_TOLERANCE, rtol=0
+    )
+    np.testing.assert_allclose(
+        answer.rows.topk_logprobs_TK, np.sort(expected_TV, 1)[:, ::-1][:, :8], atol=TWIN_TOLERANCE, rtol=0
+    )
+
+
 def test_a_checkpoint_with_missing_weights_is_refused(setup: EngineSetup, tmp_path: Path) -> None:
     """transformers would fill them with random numbers; we name them and stop."""
     from safetensors.torch import load_file, save_file

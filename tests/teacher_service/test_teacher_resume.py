@@ -103,6 +103,19 @@ def test_an_error_of_an_actor_is_the_commands_error(teacher_world: Any) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_teacher_that_dies_while_loading_is_blamed_on_no_sample(teacher_world: Any) -> None:
+    """The command ends with a message; nothing is committed, nobody is set aside."""
+    config = teacher_world.config(executor={"type": "ray", "num_actors": 1})
+    process = teacher_world.start("capture", config, "engine.die_at_start=true")
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 2, (out, err)
+    assert "Traceback" not in err
+    assert "while the teacher was being loaded" in err
+    assert not [name for name in teacher_world.contents() if name.startswith("commits/")]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_two_hf_actors_write_the_bytes_of_one_inline_engine(teacher_world: Any) -> None:
     """A real forward pass: who computed a unit, and beside whom, does not show in the lake."""
     engine = {"engine": {"type": "hf"}}

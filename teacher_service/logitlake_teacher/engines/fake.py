@@ -40,6 +40,8 @@ class FakeEngine:
     """Implements `logitlake_teacher.engines.base.Engine`."""
 
     def __init__(self, config: FakeEngineConfig, setup: EngineSetup) -> None:
+        if config.die_at_start:
+            os._exit(1)
         if setup.k > setup.vocab_size:
             raise EngineError(
                 f"the fake teacher is asked for {setup.k} entries a token, its vocabulary has {setup.vocab_size}; "

@@ -253,6 +253,8 @@ def _device(config: HfEngineConfig) -> torch.device:
 
 
 def _load_model(setup: EngineSetup, sees_images: bool, config: HfEngineConfig, device: torch.device) -> Any:
+    # The command shows its own progress; a second bar for a second of loading only breaks it.
+    transformers.utils.logging.disable_progress_bar()
     auto = transformers.AutoModelForImageTextToText if sees_images else transformers.AutoModelForCausalLM
     try:
         model, loading = auto.from_pretrained(

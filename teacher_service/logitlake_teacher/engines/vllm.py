@@ -52,7 +52,7 @@ _CPU_ENVIRONMENT = {
     # vLLM compiles its rank count on first use: half a minute, and a C++ compiler that a machine may not have.
     "TORCHDYNAMO_DISABLE": "1",
 }
-_QUIET_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+_QUIET_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Units on Ray actors, one engine each. The one file of the project that imports ray.
 
-The driver leases one unit to each idle actor and waits for whichever finishes first; the actor commits its unit
-itself, so a result that gets lost on the way costs nothing. An actor that dies (a teacher out of memory, a crash in
-a kernel, a lost node) is replaced and its unit leased again. A unit that kills its actor `max_attempts` times is
-searched by halves for the samples that do it; these get an error row (`teacher_crashed`) and the others are captured.
+The driver leases one unit to each actor whose teacher is loaded and waits for whichever finishes first; the actor
+commits its unit itself, so a result that gets lost on the way costs nothing. An actor that dies (a teacher out of
+memory, a crash in a kernel, a lost node) is replaced and its unit leased again. A unit that kills its actor
+`max_attempts` times is searched by halves for the samples that do it; these get an error row (`teacher_crashed`) and
+the others are captured. A teacher that dies while it is loaded is not blamed on any sample: it ends the command.
 
-Plain actors and `ray.wait`, because Ray Data's commit unit is a write task and its resume duplicates rows,
-while here a lost actor costs one unit.
+Plain actors and `ray.wait`, because Ray Data's commit unit is a write task and its resume duplicates rows, while here
+a lost actor costs one unit.
 """
 
 import collections
@@ -57,32 +58,48 @@ class RayExecutor:
 
     def _run(self, units: Sequence[Unit], make_worker: MakeWorker) -> Iterator[CommitRecord]:
         waiting = collections.deque(_Lease(unit) for unit in units)
-        idle = [self._start(make_worker) for _ in range(min(self._config.num_actors, len(units)))]
+        starting = dict(self._start(make_worker) for _ in range(min(self._config.num_actors, len(units))))
+        idle: list[Any] = []
         running: dict[Any, tuple[Any, _Lease]] = {}
+        failed_starts = 0
         while waiting or running:
             while waiting and idle:
                 actor, lease = idle.pop(), waiting.popleft()
                 running[actor.run.remote(lease.unit, lease.crashed)] = (actor, lease)
-            (done,), _ = self._ray.wait(list(running), num_returns=1)
+            (done,), _ = self._ray.wait([*running, *starting], num_returns=1)
+            if done in starting:
+                actor = starting.pop(done)
+                try:
+                    self._get(done)
+                except _ActorDiedError as death:
+                    failed_starts += 1
+                    if failed_starts >= self._config.max_attempts:
+                        raise _cannot_start(death) from death
+                    starting.update([self._start(make_worker)])
+                else:
+                    failed_starts = 0
+                    idle.append(actor)
+                continue
             actor, lease = running.pop(done)
             try:
                 record: CommitRecord = self._get(done)
             except _ActorDiedError as death:
                 lease.attempts += 1
-                actor = self._start(make_worker)
                 if lease.attempts >= self._config.max_attempts:
-                    actor = self._find_poison(actor, lease, str(death), make_worker)
+                    idle.append(self._find_poison(lease, str(death), make_worker))
+                else:
+                    starting.update([self._start(make_worker)])
                 waiting.appendleft(lease)
-                idle.append(actor)
                 continue
             idle.append(actor)
             yield record
 
-    def _find_poison(self, actor: Any, lease: _Lease, death: str, make_worker: MakeWorker) -> Any:
-        """Adds the items of the lease that kill an actor to `lease.crashed`; returns a living actor.
+    def _find_poison(self, lease: _Lease, death: str, make_worker: MakeWorker) -> Any:
+        """Adds the items of the lease that kill an actor to `lease.crashed`; returns an actor that is ready.
 
         Raises `EngineError` if the unit kills actors while none of its items does alone.
         """
+        actor = self._start_and_wait(make_worker)
         found = dict(lease.crashed)
         suspects: list[Sequence[Item]] = [[item for item in lease.unit.items if item.item_id not in found]]
         while suspects:
@@ -91,7 +108,8 @@ class RayExecutor:
                 self._get(actor.probe.remote(group))
                 continue
             except _ActorDiedError as again:
-                actor, death = self._start(make_worker), str(again)
+                death = str(again)
+            actor = self._start_and_wait(make_worker)
             if len(group) == 1:
                 found[group[0].item_id] = f"the teacher's process ended each time it met this sample: {death}"
             else:
@@ -119,23 +137,39 @@ class RayExecutor:
                 raise error.cause from None
             raise
 
-    def _start(self, make_worker: MakeWorker) -> Any:
-        """A new actor. It never restarts or retries by itself: the driver knows what it was doing."""
+    def _start(self, make_worker: MakeWorker) -> tuple[Any, Any]:
+        """`(ready, actor)`: a new actor, and the reference that is done once its teacher is loaded.
+
+        It never restarts or retries by itself: the driver knows what it was doing.
+        """
         options = {
             "num_cpus": self._config.cpus_per_actor,
             "num_gpus": self._config.gpus_per_actor,
             "max_restarts": 0,
             "max_task_retries": 0,
         }
-        return self._ray.remote(_ActorWorker).options(**options).remote(make_worker)
+        actor = self._ray.remote(_ActorWorker).options(**options).remote(make_worker)
+        return actor.start.remote(), actor
+
+    def _start_and_wait(self, make_worker: MakeWorker) -> Any:
+        ready, actor = self._start(make_worker)
+        try:
+            self._get(ready)
+        except _ActorDiedError as death:
+            raise _cannot_start(death) from death
+        return actor
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
         """The cluster that `RAY_ADDRESS` names, or a local one of the size that the actors need; left at the end."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if os.environ.get("RAY_ADDRESS"):
-            self._ray.init(**quiet)
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            try:
+                self._ray.init(**quiet)
+            except ConnectionError as error:
+                raise ConfigError(f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: {error}") from error
         else:
             num_cpus = self._config.num_actors * self._config.cpus_per_actor
             self._ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
@@ -150,23 +184,28 @@ class _ActorDiedError(Exception):
 
 
 class _ActorWorker:
-    """The actor: a worker that is made on the first call, so that what goes wrong comes back as an ordinary error."""
+    """The actor. The worker is made in a call and not in `__init__`, so that its errors come back as they are."""
 
     def __init__(self, make_worker: MakeWorker) -> None:
         self._make_worker = make_worker
         self._worker: Any = None
 
+    def start(self) -> None:
+        self._worker = self._make_worker()
+
     def run(self, unit: Unit, crashed: dict[str, str]) -> CommitRecord:
-        record: CommitRecord = self._made().run(unit, crashed)
+        record: CommitRecord = self._worker.run(unit, crashed)
         return record
 
     def probe(self, items: Sequence[Item]) -> None:
-        self._made().probe(items)
+        self._worker.probe(items)
 
-    def _made(self) -> Any:
-        if self._worker is None:
-            self._worker = self._make_worker()
-        return self._worker
+
+def _cannot_start(death: Exception) -> EngineError:
+    return EngineError(
+        f"the teacher's process ended while the teacher was being loaded: {death}. Nothing was captured by it; look at "
+        "the memory of the machine, or try executor.type=inline to see what happens"
+    )
 
 
 def _first_line(error: Exception) -> str:
