@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-__all__ = ["HELD_OUT", "INSTRUCTION", "TRAIN", "Passage", "passages", "prose", "records", "split_of"]
+__all__ = ["HELD_OUT", "TRAIN", "Passage", "installed_markdown", "passages", "prose", "records", "split_of"]
 
 TRAIN, HELD_OUT = "train", "held_out"
-INSTRUCTION = "Continue this text:"
+_INSTRUCTION = "Continue this text:"
 
 # About 1.3 tokens an English word: a prompt of 50 tokens, a continuation of 80 to 130.
 _PROMPT_WORDS = 36
@@ -91,7 +91,7 @@ def _is_prose(paragraph: str) -> bool:
 
 
 def split_of(package: str) -> str:
-    """The split of a package: a function of the first word of its name alone."""
+    """The split of a package, a function of its family alone."""
     family = package.split("-")[0]
     return TRAIN if hashlib.sha256(family.encode()).digest()[0] % _HELD_OUT_PERIOD else HELD_OUT
 
@@ -100,12 +100,11 @@ def installed_markdown() -> dict[str, str]:
     """The Markdown description of each installed package by canonical name, in order of the names."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        metadata = distribution.metadata
-        name = re.sub(r"[-_.]+", "-", metadata["Name"] or "").lower()
-        if not (metadata["Description-Content-Type"] or "").startswith("text/markdown") or name == "logitlake":
-            continue
-        # The description is the body of the file in metadata 2.1 and later, a header before.
-        found.setdefault(name, str(metadata.get("Description") or metadata.get_payload()))  # type: ignore[attr-defined]
+        metadata = distribution.metadata.json
+        name = re.sub(r"[-_.]+", "-", str(metadata.get("name", ""))).lower()
+        kind = str(metadata.get("description_content_type", ""))
+        if name != "logitlake" and kind.startswith("text/markdown"):
+            found.setdefault(name, str(metadata.get("description", "")))
     return dict(sorted(found.items()))
 
 
@@ -145,7 +144,7 @@ def records(chosen: Iterable[Passage], split: str) -> list[dict[str, Any]]:
             "task": "continue",
             "split": split,
             "conversations": [
-                {"from": "human", "value": f"{INSTRUCTION}\n{passage.prompt}"},
+                {"from": "human", "value": f"{_INSTRUCTION}\n{passage.prompt}"},
                 {"from": "gpt", "value": passage.response},
             ],
         }

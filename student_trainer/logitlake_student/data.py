@@ -162,6 +162,28 @@ class StudentInputs:
                     f"{self._context_length}; leave its task out by `tasks`, or capture without it"
                 )
 
+    def prompts(self, prompts: Sequence[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
+        """`input_ids_BS` and `attention_mask_BS` of prompts to be answered, padded on the left.
+
+        Each prompt is (prompt_ids, number of images).
+        """
+        expanded = [
+            expand_images(
+                np.asarray(prompt_ids, np.int64),
+                np.zeros(len(prompt_ids), np.bool_),
+                self._image_token_id,
+                [self._tokens_per_image] * num_images,
+            )[0]
+            for prompt_ids, num_images in prompts
+        ]
+        longest = max(len(ids_S) for ids_S in expanded)
+        input_ids_BS = np.full((len(expanded), longest), self._pad_id, np.int64)
+        attention_mask_BS = np.zeros((len(expanded), longest), np.int64)
+        for place, ids_S in enumerate(expanded):
+            input_ids_BS[place, longest - len(ids_S) :] = ids_S
+            attention_mask_BS[place, longest - len(ids_S) :] = 1
+        return torch.from_numpy(input_ids_BS), torch.from_numpy(attention_mask_BS)
+
     def pixels(self, images: Sequence[bytes]) -> Tensor | None:
         """`pixel_values_NCHW` float32 of encoded images in order; None where there are none."""
         if not images:

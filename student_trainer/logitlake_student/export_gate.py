@@ -33,10 +33,15 @@ _NUM_COMPARED = 16
 _VLLM_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in process: starts in seconds, and dies with us
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-_VLLM_CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+_VLLM_CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # vLLM compiles its rank count on first use: half a minute, and a C++ compiler that a machine may not have.
+    "TORCHDYNAMO_DISABLE": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ def _ask_vllm(
             enforce_eager=True,
             disable_log_stats=True,
             gpu_memory_utilization=0.5,  # the trained student lies on the same device
-            **({"limit_mm_per_prompt": {"image": num_images}} if num_images else {}),
+            **(_multimodal_settings(num_images) if num_images else {}),
         )
         return [_ask_about(vllm, engine, trained, sample, num_compared) for sample in samples]
     except (ValueError, RuntimeError, KeyError, AssertionError) as error:
@@ -195,6 +200,11 @@ def _ask_vllm(
     finally:
         engine = None
         cleanup_dist_env_and_memory()
+
+
+def _multimodal_settings(num_images: int) -> dict[str, Any]:
+    """The image processor's PIL path, as in `logitlake_shared.images`: torchvision resamples to other pixels."""
+    return {"limit_mm_per_prompt": {"image": num_images}, "mm_processor_kwargs": {"backend": "pil"}}
 
 
 def _ask_about(vllm: Any, engine: Any, trained: Any, sample: GateSample, num_compared: int) -> list[dict[int, float]]:
