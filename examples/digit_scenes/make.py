@@ -29,9 +29,10 @@ from examples.digit_scenes.questions import (
     ask,
     ask_existence_pair,
     caption_of,
+    has_habit,
     true_answer,
 )
-from examples.digit_scenes.world import Scene, Split, draw_scene
+from examples.digit_scenes.world import Placed, Scene, Split, draw_layout, draw_scene
 
 __all__ = ["Settings", "make_dataset", "preference_rows", "records_of_split"]
 
@@ -48,11 +49,14 @@ class Settings:
     """The sizes of a data set. Each number of scenes fixes the number of samples."""
 
     train_scenes: int = 2000
-    """Four samples each: always the caption; then in turn an existence pair and a detail, or three details."""
+    """Four samples each; in turn the caption and three details, two existence pairs, one pair and two details.
+    Existence questions are the hard ones at this size and need many examples; captions are long and need few."""
     test_scenes: int = 160
     """Six samples each: the caption, an existence pair, three of the four details."""
     preference_scenes: int = 750
     """Two pairs each: a caption and an existence question."""
+    preference_habit_share: float = 0.5
+    """Of the preference scenes, those that have the habit: pairs are gathered where models err, as RLAIF-V's are."""
     seed: int = 0
 
 
@@ -108,7 +112,7 @@ def preference_rows(settings: Settings) -> Iterator[dict[str, Any]]:
     """
     for number in range(settings.preference_scenes):
         rng = np.random.default_rng([settings.seed, _STREAMS["preference"], number])
-        scene = draw_scene("train", rng)
+        scene = draw_scene("train", rng, _layout(rng, with_habit=rng.random() < settings.preference_habit_share))
         image = png_bytes(scene)
         caption = ask("caption", scene.objects, rng)
         existence = ask_existence_pair(scene.objects, rng)[number % 2]
@@ -197,18 +201,31 @@ def _write(folder: Path, settings: Settings, progress: Callable[..., Any]) -> di
 
 
 def _questions(split: Split, number: int, scene: Scene, rng: np.random.Generator) -> list[Question]:
-    questions = [ask("caption", scene.objects, rng)]
-    rotated = [_DETAIL_TASKS[(number // 2 + i) % 4] for i in range(3)]
+    """The scene's questions. Which kinds a scene gets follows from its number, so that the mixture is exact."""
+
+    def details(first: int, count: int) -> list[Question]:
+        return [ask(_DETAIL_TASKS[(first + i) % 4], scene.objects, rng) for i in range(count)]
+
+    def existence() -> list[Question]:
+        return list(ask_existence_pair(scene.objects, rng))
+
+    caption = ask("caption", scene.objects, rng)
     if split == "test":
-        rotated = [_DETAIL_TASKS[(number + i) % 4] for i in range(3)]
-        return [
-            *questions,
-            *ask_existence_pair(scene.objects, rng),
-            *(ask(task, scene.objects, rng) for task in rotated),
-        ]
-    if number % 2 == 0:
-        return [*questions, *ask_existence_pair(scene.objects, rng), ask(rotated[0], scene.objects, rng)]
-    return [*questions, *(ask(task, scene.objects, rng) for task in rotated)]
+        return [caption, *existence(), *details(number, 3)]
+    turn, kind = divmod(number, 3)
+    if kind == 0:
+        return [caption, *details(3 * turn, 3)]
+    if kind == 1:
+        return [*existence(), *existence()]
+    return [*existence(), *details(2 * turn, 2)]
+
+
+def _layout(rng: np.random.Generator, *, with_habit: bool) -> tuple[Placed, ...]:
+    """Any layout, or the first that has the habit."""
+    while True:
+        objects = draw_layout(rng)
+        if not with_habit or has_habit(objects) is not None:
+            return objects
 
 
 def _rejected_caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -254,7 +271,7 @@ def _is_there(out: Path, settings: Settings) -> bool:
 def main(out: Path, train_scenes: int, test_scenes: int, preference_scenes: int, seed: int) -> None:
     from rich.progress import track
 
-    settings = Settings(train_scenes, test_scenes, preference_scenes, seed)
+    settings = Settings(train_scenes, test_scenes, preference_scenes, seed=seed)
     outcome = make_dataset(
         out, settings, lambda steps, total, description: track(steps, description=description, total=total)
     )

@@ -116,11 +116,11 @@ def draw_layout(rng: np.random.Generator) -> tuple[Placed, ...]:
     )
 
 
-def draw_scene(split: Split, rng: np.random.Generator) -> Scene:
-    """A scene of this split's digits: pixels are uint8, height x width x RGB, 32 x 32 x 3."""
+def draw_scene(split: Split, rng: np.random.Generator, objects: tuple[Placed, ...] | None = None) -> Scene:
+    """A scene of this split's digits, of given objects or of some; pixels are uint8, 32 x 32 x RGB."""
     opacity_NHW, _ = _all_digits()
     pool = digit_pool(split)
-    objects = draw_layout(rng)
+    objects = draw_layout(rng) if objects is None else objects
     canvas_HWC = np.full((SIDE, SIDE, 3), rng.uniform(10, 60), dtype=np.float32)
     indices = []
     for placed in objects:

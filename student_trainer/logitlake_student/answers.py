@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from logitlake_shared.data_formats import ImageRef, Messages
 from logitlake_shared.images import image_processor_sha256, load_pixels
 from logitlake_shared.reader import LakeDataset
-from logitlake_shared.rendering import Messages, Renderer
+from logitlake_shared.rendering import Renderer
 from logitlake_student.data import SampleCollator, StudentInputs, check_student_fits, tokens_per_image
 from logitlake_student.losses.distillation import TeacherBatch, distillation_loss
 from logitlake_student.models.load import load_student
@@ -28,8 +29,8 @@ __all__ = ["Examinee", "Prompt", "greedy_answers", "kl_to_teacher", "load_examin
 _CHUNK_ROWS = 1024
 
 Advance = Callable[[int], None]
-Prompt = tuple[Messages, Sequence[bytes]]
-"""the turns up to the one to be answered, and the encoded images in the order of their placeholders"""
+Prompt = tuple[Messages, Sequence[ImageRef]]
+"""the turns up to the one to be answered, and the images in the order of their placeholders"""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def greedy_answers(
         batch = order[start : start + batch_size]
         ids_BS, mask_BS = examinee.inputs.prompts([(prompt_ids[place], len(prompts[place][1])) for place in batch])
         given = {"input_ids": ids_BS, "attention_mask": mask_BS}
-        pixels_NCHW = examinee.inputs.pixels([image for place in batch for image in prompts[place][1]])
+        pixels_NCHW = examinee.inputs.pixels([image.load() for place in batch for image in prompts[place][1]])
         if pixels_NCHW is not None:
             given["pixel_values"] = pixels_NCHW
         device = examinee.model.device
@@ -113,9 +114,7 @@ def kl_to_teacher(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, 
             label_ids_R=batch["label_ids_R"],
         )
         hidden_RH = hidden_response_rows(examinee.model, batch)
-        _, sums = distillation_loss(
-            hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=_CHUNK_ROWS
-        )
+        _, sums = distillation_loss(hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=_CHUNK_ROWS)
         kl_sum += float(sums.kl_sum)
         num_tokens += len(batch["label_ids_R"])
         advance(len(samples))

@@ -54,9 +54,9 @@ def damage(folder: Path) -> str | None:
     if not path.is_file():
         return f"{DIGESTS} is missing"
     try:
-        digests = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return f"{DIGESTS} is not JSON"
+        digests = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError):
+        return f"{DIGESTS} is not a JSON object"
     for name, digest in digests.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -4,6 +4,7 @@ Each command takes a TOML file and `section.key=value` overrides. A command can 
 it goes on, or says that everything is done. Everything heavy is imported inside the commands.
 """
 
+import os
 from pathlib import Path
 
 import click
@@ -61,9 +62,9 @@ def evaluate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         if result is None:
             result = examine(resolved, model)
         click.echo(
-            f"{model.name}: vqa accuracy {result['vqa_accuracy']:.3f}, "
-            f"hallucination F1 {result['hallucination_f1']:.3f}, "
-            f"captions with a hallucination {result['caption_hallucination_rate']:.3f}, "
+            f"{model.name}: vqa accuracy {_figure(result['vqa_accuracy'])}, "
+            f"hallucination F1 {_figure(result['hallucination_f1'])}, "
+            f"captions with a hallucination {_figure(result['caption_hallucination_rate'])}, "
             f"KL to teacher {result['kl_to_teacher']:.4f}"
         )
 
@@ -106,8 +107,14 @@ def report(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     write_report(resolved)
 
 
+def _figure(share: float | None) -> str:
+    return "unknown" if share is None else f"{share:.3f}"
+
+
 def main() -> None:
     """The console script."""
+    # OpenMP threads that spin while they wait cost several times the CPU on a machine that does anything else.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run_cli(cli)
 
 

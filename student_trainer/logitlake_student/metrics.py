@@ -71,7 +71,7 @@ def normalise(text: str) -> str:
 
 
 def is_right(answer: str, gold: str) -> bool:
-    """Whether the two are the same text after `normalise`. An empty answer is right only where nothing was asked for."""
+    """Whether the two are the same text after `normalise`."""
     return normalise(answer) == normalise(gold)
 
 

@@ -151,7 +151,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             loss = loss + self._routing_losses(recorder.logits(), inputs) / self.current_gradient_accumulation_steps
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"stage {self._stage.type}, step {self.state.global_step + 1}: the loss is {float(loss)}; "
+                f"stage {self._stage.type}, step {self.state.global_step + 1}: the loss is {float(loss.detach())}; "
                 "lower the learning rate, or check the lake with `logitlake verify`"
             )
         for name, value in sums.items():

@@ -1,12 +1,22 @@
-"""Tiny students built in code, so that no test waits for a file or a network."""
+"""Tiny students built in code, so that no test waits for a file or a network; and a small lake to train them on."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tomli_w
 import torch
+from PIL import Image
+
+from logitlake_student.config import TrainConfig
 
 IMAGE_TOKEN_ID = 60
 NUM_IMAGE_TOKENS = 16
@@ -124,3 +134,245 @@ def processor_files() -> Callable[[Path], None]:
         (model_dir / "preprocessor_config.json").write_text(json.dumps(image_processor))
 
     return write
+
+
+NUM_PICTURES = 4
+NUM_TRAIN = 13
+NUM_PAIRS = 6
+
+
+def noise_png(seed: int) -> bytes:
+    """A 32x32 picture of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, size=(32, 32, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, "RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def student_checkpoint(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random dense student: the teacher's tokenizer and processor, half its width, 4 tokens an image
+    where the teacher has 16, so that nothing can lean on equal positions."""
+    from transformers import AutoTokenizer, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen3Config
+
+    from logitlake_student.models.assemble import save_student
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    torch.manual_seed(1)
+    text = Qwen3Config(
+        vocab_size=len(tokenizer) + 4,  # a padded head, as real checkpoints have
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=vision, image_token_id=image_token_id)
+    )
+    folder = tmp_path_factory.mktemp("student") / "dense"
+    save_student(model.float(), folder, files_from=tiny_teacher)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def student_records() -> list[dict[str, Any]]:
+    """LLaVA records: pictures with questions, one with two turns, one without a picture, and four held out."""
+    records: list[dict[str, Any]] = []
+    for number in range(NUM_TRAIN + 4):
+        answer = "a red seven and a blue two" if number % 2 else f"yes {number}"
+        turns = [
+            {"from": "human", "value": f"<image>\nwhat is in the picture {number}?"},
+            {"from": "gpt", "value": answer},
+        ]
+        if number == 2:
+            turns += [{"from": "human", "value": "how many digits?"}, {"from": "gpt", "value": "three"}]
+        record = {
+            "id": f"s{number:03d}",
+            "conversations": turns,
+            "task": ("reading", "caption")[number % 2],
+            "split": "train" if number < NUM_TRAIN else "test",
+        }
+        if number == 4:
+            turns[0]["value"] = "is there none?"
+        else:
+            record["image"] = f"images/{number % NUM_PICTURES}.png"
+        records.append(record)
+    return records
+
+
+@pytest.fixture(scope="session")
+def student_data(student_records: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `train.json`, its images, and `preference.parquet`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
+    for number in range(NUM_PICTURES):
+        (folder / "images" / f"{number}.png").write_bytes(noise_png(number))
+    (folder / "train.json").write_text(json.dumps(student_records), encoding="utf-8")
+    rows = [
+        {
+            "ds_name": "made",
+            "image": {"bytes": noise_png(number % NUM_PICTURES), "path": f"{number}.png"},
+            "question": "what is in the picture?",
+            "chosen": f"a red {number}",
+            "rejected": f"two blue and a red {number}",
+            "origin_dataset": "made",
+            "origin_split": "caption",
+            "idx": number,
+            "image_path": f"{number}.png",
+        }
+        for number in range(NUM_PAIRS)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "preference.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def student_lake(tiny_teacher: Path, student_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A lake filled by the teacher service: cache `main` holds the whole vocabulary of every token, exactly; cache
+    `preference` holds pairs; cache `empty` has no snapshot."""
+    from logitlake_shared.lake import Lake
+    from logitlake_shared.rendering import Renderer
+    from logitlake_teacher.config import CaptureConfig, PairsConfig
+    from logitlake_teacher.service import open_cache, prepare, remaining_units, run_units, summarise
+
+    folder = tmp_path_factory.mktemp("lake") / "lake"
+    common: dict[str, Any] = {"teacher": {"model_dir": tiny_teacher}, "engine": {"type": "hf"}}
+    codec = {"k_max": Renderer(tiny_teacher).vocab_size, "p_min": 0.0, "grid": "exact"}
+    samples = CaptureConfig.model_validate(
+        common
+        | {
+            "lake": {"uri": str(folder), "cache": "main"},
+            "data": [{"type": "llava", "path": student_data / "train.json", "image_root": student_data}],
+            "codec": codec,
+        }
+    )
+    pairs = PairsConfig.model_validate(
+        common
+        | {
+            "lake": {"uri": str(folder), "cache": "preference"},
+            "data": [{"type": "rlaif_v", "path": student_data / "preference.parquet"}],
+        }
+    )
+    for config in (samples, pairs):
+        prepared = prepare(config)
+        cache = open_cache(config, prepared)
+        run_units(config, prepared, remaining_units(prepared, cache), lambda *_: None)
+        assert not summarise(cache).num_errors
+    lake = Lake.open(folder)
+    lake.create_cache("empty", lake.cache("main").spec)
+    return folder
+
+
+@dataclass(frozen=True)
+class StudentWorld:
+    """A lake, a dense student, and the training command to use them in `folder`."""
+
+    folder: Path
+    checkpoint: Path
+    lake: Path
+
+    @property
+    def output(self) -> Path:
+        """Where a run goes unless a test says otherwise."""
+        return self.folder / "run"
+
+    def document(self, *stages: dict[str, Any], **sections: Any) -> dict[str, Any]:
+        """A training configuration of tiny stages; keys of `sections` override."""
+        tiny = {"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "log_every": 1, "save_every": 2}
+        document: dict[str, Any] = {
+            "output": str(self.output),
+            "num_threads": 1,
+            "student": {"checkpoint": str(self.checkpoint)},
+            "data": {"lake": str(self.lake), "samples": "main", "pairs": "preference"},
+            "stages": [tiny | stage for stage in stages],
+        }
+        for section, values in sections.items():
+            known = document.get(section)
+            document[section] = known | values if isinstance(known, dict) and section == "data" else values
+        return document
+
+    def train_config(self, *stages: dict[str, Any], **sections: Any) -> TrainConfig:
+        """`document` as a configuration."""
+        return TrainConfig.model_validate(self.document(*stages, **sections))
+
+    def file(self, *stages: dict[str, Any], name: str = "train.toml", **sections: Any) -> Path:
+        """`document` as a TOML file."""
+        path = self.folder / name
+        path.write_text(tomli_w.dumps(self.document(*stages, **sections)), encoding="utf-8")
+        return path
+
+    def train(self, config: TrainConfig) -> Path:
+        """Trains every stage that is not done, in this process. Returns the folder of the last."""
+        from logitlake_student.run import plan_run, train_stage
+
+        runs = plan_run(config)
+        for run in runs:
+            if not run.is_done():
+                train_stage(config, run)
+        return runs[-1].folder
+
+    def start(self, config: Path, *overrides: str) -> "subprocess.Popen[str]":
+        """`logitlake-student train CONFIG OVERRIDES...` as a process of its own session."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "logitlake_student.cli", "train", str(config), *overrides],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.folder,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            start_new_session=True,
+        )
+
+
+@pytest.fixture
+def student_world(tmp_path: Path, student_checkpoint: Path, student_lake: Path) -> StudentWorld:
+    """The lake and the student of the session, and a folder of the test's own."""
+    return StudentWorld(tmp_path, student_checkpoint, student_lake)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def student_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """`student_command("train", config, "a.b=c")`: the console script, run to its end in this process."""
+    from logitlake_student.cli import main
+
+    def run(command: str, config: Path, *overrides: str) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["logitlake-student", command, str(config), *overrides])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return Finished(int(ended.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def metrics_of() -> Callable[[Path], list[dict[str, Any]]]:
+    """The metrics of a stage's folder, one record a line."""
+    return lambda folder: [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
