@@ -49,8 +49,7 @@ class Settings:
     """The sizes of a data set. Each number of scenes fixes the number of samples."""
 
     train_scenes: int = 2000
-    """Four samples each; in turn the caption and three details, two existence pairs, one pair and two details.
-    Existence questions are the hard ones at this size and need many examples; captions are long and need few."""
+    """Four samples each: always the caption; then in turn an existence pair and a detail, or three details."""
     test_scenes: int = 160
     """Six samples each: the caption, an existence pair, three of the four details."""
     preference_scenes: int = 750
@@ -201,23 +200,18 @@ def _write(folder: Path, settings: Settings, progress: Callable[..., Any]) -> di
 
 
 def _questions(split: Split, number: int, scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """The scene's questions. Which kinds a scene gets follows from its number, so that the mixture is exact."""
-
-    def details(first: int, count: int) -> list[Question]:
-        return [ask(_DETAIL_TASKS[(first + i) % 4], scene.objects, rng) for i in range(count)]
-
-    def existence() -> list[Question]:
-        return list(ask_existence_pair(scene.objects, rng))
-
-    caption = ask("caption", scene.objects, rng)
+    questions = [ask("caption", scene.objects, rng)]
+    rotated = [_DETAIL_TASKS[(number // 2 + i) % 4] for i in range(3)]
     if split == "test":
-        return [caption, *existence(), *details(number, 3)]
-    turn, kind = divmod(number, 3)
-    if kind == 0:
-        return [caption, *details(3 * turn, 3)]
-    if kind == 1:
-        return [*existence(), *existence()]
-    return [*existence(), *details(2 * turn, 2)]
+        rotated = [_DETAIL_TASKS[(number + i) % 4] for i in range(3)]
+        return [
+            *questions,
+            *ask_existence_pair(scene.objects, rng),
+            *(ask(task, scene.objects, rng) for task in rotated),
+        ]
+    if number % 2 == 0:
+        return [*questions, *ask_existence_pair(scene.objects, rng), ask(rotated[0], scene.objects, rng)]
+    return [*questions, *(ask(task, scene.objects, rng) for task in rotated)]
 
 
 def _layout(rng: np.random.Generator, *, with_habit: bool) -> tuple[Placed, ...]:

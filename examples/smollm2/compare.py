@@ -50,7 +50,9 @@ def compare_caches(lake: Path | str, one: str, other: str) -> Agreement:
     places = {sample_id: place for place, sample_id in enumerate(second.ids())}
     common = [(place, places[sample_id]) for place, sample_id in enumerate(first.ids()) if sample_id in places]
     if not common:
-        raise DataError(f"{lake}: the caches {one!r} and {other!r} hold no common sample; capture the same data in both")
+        raise DataError(
+            f"{lake}: the caches {one!r} and {other!r} hold no common sample; capture the same data in both"
+        )
     label, topk, num_entries, same_choice = [], [], 0, 0
     for place, other_place in common:
         a, b = first[place], second[other_place]

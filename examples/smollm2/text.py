@@ -23,10 +23,10 @@ __all__ = ["HELD_OUT", "TRAIN", "Passage", "installed_markdown", "passages", "pr
 TRAIN, HELD_OUT = "train", "held_out"
 _INSTRUCTION = "Continue this text:"
 
-# About 1.3 tokens an English word: a prompt of 50 tokens, a continuation of 80 to 130.
-_PROMPT_WORDS = 36
-_RESPONSE_WORDS = 84
-_MIN_RESPONSE_WORDS = 60
+# About 1.4 tokens a word of such text: a prompt of 45 tokens, a continuation of 80 to 130.
+_PROMPT_WORDS = 32
+_RESPONSE_WORDS = 72
+_MIN_RESPONSE_WORDS = 56
 # Share of the families that are held out: one in four, so that a few dozen packages are enough for both.
 _HELD_OUT_PERIOD = 4
 _MIN_PARAGRAPH_WORDS = 12

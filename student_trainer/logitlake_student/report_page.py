@@ -52,7 +52,9 @@ class _Chart:
 
 def page(config: ReportConfig, facts: RunFacts) -> str:
     """The whole page. Raises `DataError` when an evaluation's mention pattern is not a regular expression."""
-    last_experts = next((line["experts"] for line in reversed(_lines(facts)) if line.get("experts")), [])
+    last_experts: list[dict[str, Any]] = next(
+        (line["experts"] for line in reversed(_lines(facts)) if line.get("experts")), []
+    )
     return _template().render(
         title=config.title,
         lead=_lead(facts),
@@ -66,13 +68,11 @@ def page(config: ReportConfig, facts: RunFacts) -> str:
         examples=_examples(facts),
         lake=_lake(facts),
         student=_student(facts),
-        costs=[
-            _Chart(
-                "Time of each step",
-                "Wall clock",
-                bar_chart("Time of each step", list(facts.seconds.items()), label="seconds"),
-            )
-        ],
+        cost=_Chart(
+            "Time of each step",
+            "Wall clock",
+            bar_chart("Time of each step", list(facts.seconds.items()), label="seconds"),
+        ),
         run=str(config.run),
         summary=str(config.summary),
     )
@@ -412,7 +412,7 @@ def _student(facts: RunFacts) -> list[tuple[str, str]]:
         *(
             (
                 stage.name,
-                f"{stage.done.figures.steps:,} steps, {stage.done.figures.params_trainable:,} parameters trained",
+                f"{stage.done.figures.steps:,} steps, {stage.done.figures.params_trainable:,} trained",
             )
             for stage in facts.stages
         ),
