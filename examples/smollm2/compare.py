@@ -20,11 +20,11 @@ from logitlake_shared.rows import LakeSample
 
 __all__ = ["LOGPROB_TOLERANCE", "Agreement", "compare_caches"]
 
-# Both engines run the same float32 weights and add in different orders. SmolLM2's logits are around 20, where
-# float32 has steps of 2e-6; thirty layers, each with two sums that an engine arranges in its own way, leave some tens
-# of steps: 6e-5 was the worst of 9,000 tokens. Five times that is asked for, because other kernels add differently. A
-# fault (a row off by one, another rotary base, bfloat16 somewhere) moves logprobs by 1e-2 and more.
-LOGPROB_TOLERANCE = 3e-4
+# Both engines run the same float32 weights and add in different orders. SmolLM2's logits are around 20, where float32
+# has steps of 2e-6, and thirty layers pass their rounding on: 1e-4 was the largest difference of 4,600 tokens, 6e-6 the
+# mean. Five times the largest is allowed, because other processors have other kernels. A fault (a row off by one,
+# another rotary base, bfloat16 somewhere) moves logprobs by 1e-2 and more.
+LOGPROB_TOLERANCE = 5e-4
 
 
 @dataclass(frozen=True)

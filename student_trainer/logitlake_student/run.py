@@ -14,6 +14,7 @@ difference: results are never mixed.
 """
 
 import json
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any
 from logitlake_schemas import canonical_json, fingerprint
 from logitlake_shared.cli_support import progress
 from logitlake_shared.config import write_provenance
-from logitlake_shared.errors import ConfigError, FingerprintMismatchError
+from logitlake_shared.errors import ConfigError, FingerprintMismatchError, TrainingError
 from logitlake_shared.lake import Lake
 from logitlake_student.config import (
     D2SStage,
@@ -125,6 +126,7 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    _refuse_several_devices(torch.cuda.device_count() if config.device == "cuda" else 1)
     started = time.monotonic()
     stage = run.stage
     start_dir = starting_checkpoint(config, run)
@@ -248,6 +250,22 @@ def starting_model(config: TrainConfig, run: StageRun, start_dir: Path) -> Any:
             router_seed=run.stage.router_seed,
         )
     return model.to(config.device)
+
+
+def _refuse_several_devices(num_devices: int) -> None:
+    """Several ranks would train apart, each on its own share, and several devices of one rank would change the batch:
+    neither wrapper sees the trainer's forward passes. Raises `TrainingError` before anything is written."""
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes > 1:
+        raise TrainingError(
+            f"the student trains in one process, got WORLD_SIZE={num_processes}: gradients are not synchronised "
+            "between ranks; start `logitlake-student train` without torchrun; `micro_batch_size` saves memory"
+        )
+    if num_devices > 1:
+        raise TrainingError(
+            f"the student trains on one device, got {num_devices} visible CUDA devices; choose one, e.g. with "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

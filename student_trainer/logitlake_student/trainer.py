@@ -1,6 +1,8 @@
 """One stage of training: `transformers.Trainer` with our losses, our order and our checkpoints.
 
-What comes from Trainer: the loop, optimiser and schedule, accumulation, clipping, DDP. What is ours:
+What comes from Trainer: the loop, optimiser and schedule, accumulation, clipping. One process, one device: the loss
+calls the decoder inside the model and not the model, so a wrapper around it (DistributedDataParallel, DataParallel)
+would never see a forward pass and synchronise nothing; `run.train_stage` refuses to start there. What is ours:
 
 * the loss is a sum over response tokens (or pairs) divided by their number in the *global* batch, whatever the
   micro-batching, so 1 x 64 and 4 x 16 are the same step. Two terms are not sums over tokens and see one forward pass
@@ -14,7 +16,6 @@ What comes from Trainer: the loop, optimiser and schedule, accumulation, clippin
 import contextlib
 import copy
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,12 +73,6 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         advance: Callable[..., None],
     ) -> None:
         micro_batch = stage.micro_batch_size or stage.batch_size
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if stage.batch_size % (micro_batch * world_size):
-            raise TrainingError(
-                f"batch_size {stage.batch_size} is not a multiple of micro_batch_size {micro_batch} x {world_size} "
-                "ranks; change one of them"
-            )
         self._stage, self._stage_dir, self._vocab_size = stage, stage_dir, vocab_size
         self._sums: dict[str, float] = defaultdict(float)
         self._routing: list[Any] = []
@@ -86,7 +81,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             output_dir=str(stage_dir),
             max_steps=stage.steps,
             per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=stage.batch_size // (micro_batch * world_size),
+            gradient_accumulation_steps=stage.batch_size // micro_batch,
             learning_rate=stage.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=stage.warmup_ratio,
@@ -123,10 +118,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     # ---- loss ----
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: Any) -> Tensor:
-        """Response tokens (pairs for a preference stage) of the global batch: all micro-batches, all ranks."""
-        count = sum(self._num_items(batch) for batch in batch_samples)
-        counts: Tensor = self.accelerator.gather(torch.tensor([count], device=device))
-        return counts.sum()
+        """Response tokens (pairs for a preference stage) of the global batch: all micro-batches."""
+        return torch.tensor(sum(self._num_items(batch) for batch in batch_samples), device=device)
 
     def _num_items(self, batch: Batch) -> int:
         if isinstance(self._stage, PreferenceStage):
@@ -136,7 +129,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The micro-batch's share of the step's loss; the shares of all micro-batches and ranks add up to the loss."""
+        """The micro-batch's share of the step's loss; the shares of all micro-batches add up to the loss."""
         assert num_items_in_batch is not None
         recorder = RouterRecorder(self.model) if self._has_routers else None
         with recorder or contextlib.nullcontext():
@@ -145,8 +138,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             loss_sum, sums = self._preference(hidden_RH, inputs)
         else:
             loss_sum, sums = self._distillation(hidden_RH, inputs)
-        # DDP averages gradients over ranks; the division by the global count already is the average.
-        loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes
+        loss: Tensor = loss_sum / num_items_in_batch
         if recorder is not None:
             loss = loss + self._routing_losses(recorder.logits(), inputs) / self.current_gradient_accumulation_steps
         if not torch.isfinite(loss):

@@ -217,3 +217,20 @@ def test_a_loss_that_is_not_finite_stops_the_stage(student_world: Any) -> None:
         student_world.train(config)
     assert not (student_world.output / "d2d" / "model").exists()
     assert not (student_world.output / "d2d" / "done.json").exists()
+
+
+def test_several_processes_are_refused(student_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun each rank would train a student of its own and say nothing; nothing is written before the no."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=r"one process, got WORLD_SIZE=2: gradients are not synchronised"):
+        student_world.train(student_world.train_config(D2D))
+    assert not student_world.output.exists()
+
+
+def test_several_devices_are_refused() -> None:
+    """Trainer would spread one batch over all of them, and multiply it; one device is fine."""
+    from logitlake_student.run import _refuse_several_devices
+
+    _refuse_several_devices(1)
+    with pytest.raises(TrainingError, match=r"one device, got 8 visible CUDA devices; .* CUDA_VISIBLE_DEVICES=0"):
+        _refuse_several_devices(8)
