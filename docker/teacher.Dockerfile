@@ -23,6 +23,10 @@ ARG EXTRA=teacher
 # Further packages, e.g. scikit-learn, from which the demo's data maker takes its handwritten digits.
 ARG ALSO=""
 ARG PIP_EXTRA_INDEX_URL=""
+# constraints.txt was made with vLLM's CPU build; the GPU build of the same release wants another apache-tvm-ffi.
+RUN if [ "${EXTRA}" = teacher ]; then \
+        sed --in-place --expression '/^apache-tvm-ffi==/d' --expression '$a vllm==0.32.0' constraints.txt; \
+    fi
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m pip install --disable-pip-version-check --constraint constraints.txt ".[${EXTRA}]" ${ALSO}
 

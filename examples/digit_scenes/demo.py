@@ -110,13 +110,13 @@ def steps(out: Path = DEFAULT_OUT, *, engine: str = "hf", seed: int = 0) -> list
             command(
                 "logitlake-student",
                 "report",
+                f"seconds={out / 'seconds.json'}",
                 *moved(
                     run=student,
                     evaluation=out / "eval",
                     lake=lake,
                     html=out / "report.html",
                     summary=out / "summary.json",
-                    seconds=out / "seconds.json",
                 ),
             ),
         ),

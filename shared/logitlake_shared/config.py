@@ -213,7 +213,8 @@ def _annotation_name(annotation: Any) -> str:
         return f"list of {_annotation_name(get_args(annotation)[0])}"
     if arguments := get_args(annotation):
         return " or ".join(_annotation_name(argument) for argument in arguments if argument is not type(None))
-    return {"str": "string", "Path": "path"}.get(annotation.__name__, annotation.__name__)
+    name: str = annotation.__name__
+    return {"str": "string", "Path": "path"}.get(name, name)
 
 
 def _default(field: FieldInfo) -> str:

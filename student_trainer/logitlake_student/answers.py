@@ -45,10 +45,7 @@ class Examinee:
 def load_examinee(model_dir: Path, device: str) -> Examinee:
     """The checkpoint in `model_dir`, float32, in evaluation mode. Raises `ConfigError`."""
     from transformers import GenerationConfig
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     model = load_student(model_dir, dtype=torch.float32).to(device).eval()
     renderer = Renderer(model_dir)
     # What a checkpoint recommends for chatting (temperature, penalties) must not move a figure.

@@ -82,7 +82,7 @@ class _Stage(StrictModel):
     tasks: tuple[str, ...] | None = None
     """learn from these tasks only; default: all"""
     batch_size: int = Field(default=64, gt=0)
-    """samples (or pairs) of one optimiser step, over all micro-batches and ranks"""
+    """samples (or pairs) of one optimiser step, over all micro-batches"""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """samples of one forward pass; default: the whole batch"""
     learning_rate: float = Field(gt=0)

@@ -51,10 +51,10 @@ def summary(facts: RunFacts) -> dict[str, Any]:
 
 
 def _print(config: ReportConfig, facts: RunFacts) -> None:
-    table = Table(title=Text(config.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(config.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model")
     for figure in FIGURES:
-        table.add_column(f"{figure.arrow} {figure.title}", justify="right")
+        table.add_column(f"{figure.short_title} {figure.arrow}", justify="right")
     for model, values in [("teacher", facts.teacher.figures())] + [
         (stage.name, stage.result.figures()) for stage in facts.stages
     ]:

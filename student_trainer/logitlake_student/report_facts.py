@@ -30,6 +30,8 @@ class Figure:
 
     key: str
     title: str
+    short_title: str
+    """for the head of a narrow column"""
     higher_is_better: bool
     kind: Literal["share", "score", "nats"]
 
@@ -46,10 +48,10 @@ class Figure:
 
 
 FIGURES = (
-    Figure("vqa_accuracy", "VQA accuracy", True, "share"),
-    Figure("hallucination_f1", "Existence F1", True, "score"),
-    Figure("caption_hallucination_rate", "Captions that hallucinate", False, "share"),
-    Figure("kl_to_teacher", "KL to teacher", False, "nats"),
+    Figure("vqa_accuracy", "VQA accuracy", "VQA accuracy", True, "share"),
+    Figure("hallucination_f1", "Existence F1", "Existence F1", True, "score"),
+    Figure("caption_hallucination_rate", "Captions that hallucinate", "Hallucination", False, "share"),
+    Figure("kl_to_teacher", "KL to teacher", "KL, nats", False, "nats"),
 )
 """The columns of the main table, and the keys of a model in the summary."""
 

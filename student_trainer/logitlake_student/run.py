@@ -109,7 +109,6 @@ def plan_run(config: TrainConfig) -> list[StageRun]:
 def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     """Trains one stage to its end, resuming from its newest complete checkpoint. Returns its closing figures."""
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from logitlake_shared.images import image_processor_sha256, load_pixels
     from logitlake_shared.reader import LakeDataset, PairDataset
@@ -117,13 +116,13 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     from logitlake_student.checkpoints import newest_checkpoint
     from logitlake_student.data import PairCollator, SampleCollator, StudentInputs, check_student_fits, tokens_per_image
     from logitlake_student.models.assemble import save_student
+    from logitlake_student.models.load import quiet_transformers
     from logitlake_student.models.parts import projector_prefix, text_config
     from logitlake_student.models.upcycle import parameter_report
     from logitlake_student.stages import freeze_for_stage
     from logitlake_student.trainer import StageTrainer
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     _refuse_several_devices(torch.cuda.device_count() if config.device == "cuda" else 1)

@@ -133,8 +133,9 @@ def test_compose_starts_what_the_demo_runs_in_its_order() -> None:
 
 @pytest.mark.parametrize("name", [name for name in SERVICES if name != "data"])
 def test_compose_command_means_what_the_demo_command_means(name: str) -> None:
-    """The real command line resolves both to the same configuration."""
-    assert _dry_run(SERVICES[name]["command"]) == _dry_run(DEMO_STEPS[name])
+    """The real command line resolves both to the same configuration. The walk-through's stopwatch stays out of it."""
+    demo_command = [argument for argument in DEMO_STEPS[name] if not argument.startswith("seconds=")]
+    assert _dry_run(SERVICES[name]["command"]) == _dry_run(demo_command)
 
 
 def test_compose_makes_the_data_that_the_demo_makes() -> None:

@@ -8,7 +8,15 @@ import torch
 from logitlake_shared.errors import ConfigError
 from logitlake_student.models.routing import compute_routers_in_float32
 
-__all__ = ["load_student"]
+__all__ = ["load_student", "quiet_transformers"]
+
+
+def quiet_transformers() -> None:
+    """Silences transformers' progress bars and advice; the commands show their own progress."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def load_student(model_dir: Path, *, dtype: torch.dtype) -> Any:
@@ -18,6 +26,7 @@ def load_student(model_dir: Path, *, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
 
+    quiet_transformers()
     if not (model_dir / "config.json").is_file():
         raise ConfigError(f"{model_dir}: no checkpoint there (config.json is missing)")
     is_llava = AutoConfig.from_pretrained(model_dir).model_type == "llava"
