@@ -2,7 +2,10 @@
 
 import io
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +263,28 @@ def _save_tiny_llava(tokenizer: Any, folder: Path) -> None:
         for name, tensor in weights.items()
     }
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """`run_command("logitlake-teacher", "plan", config, "a.b=c")`: a console script, run to its end in this process."""
+    mains = {"logitlake-teacher": "logitlake_teacher.cli", "logitlake-student": "logitlake_student.cli"}
+
+    def run(program: str, *arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            import_module(mains[program]).main()
+        out, err = capsys.readouterr()
+        return Finished(int(ended.value.code or 0), out, err)
+
+    return run

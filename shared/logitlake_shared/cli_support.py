@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -18,7 +20,6 @@ from logitlake_shared.errors import LogitLakeError
 
 __all__ = ["config_command", "progress", "run_cli"]
 
-F = TypeVar("F", bound=Callable[..., Any])
 Advance = Callable[..., None]
 
 
@@ -32,11 +33,30 @@ def run_cli(command: click.Command) -> None:
         sys.exit(2)
 
 
-def config_command(function: F) -> F:
-    """Gives a click command the arguments `config` (a TOML file) and `overrides`, and the flag `--dry-run`."""
-    function = click.option("--dry-run", is_flag=True, help="Print the resolved configuration and stop.")(function)
-    function = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")(function)
-    return click.argument("config", type=Path, metavar="CONFIG.toml")(function)
+def config_command(config_class: str) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Makes `function(config)` the body of a click command with a TOML file, overrides and `--dry-run`.
+
+    `config_class` is `module:name`, imported when the command runs: `--help` needs no configuration tree.
+    """
+
+    def decorate(function: Callable[[Any], None]) -> Callable[..., None]:
+        @click.argument("config", type=Path, metavar="CONFIG.toml")
+        @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+        @click.option("--dry-run", is_flag=True, help="Print the resolved configuration and stop.")
+        @wraps(function)
+        def command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+            from logitlake_shared.config import load_config, to_toml
+
+            module, _, name = config_class.partition(":")
+            resolved = load_config(getattr(import_module(module), name), config, overrides)
+            if dry_run:
+                click.echo(to_toml(resolved), nl=False)
+            else:
+                function(resolved)
+
+        return command
+
+    return decorate
 
 
 @contextmanager

@@ -5,11 +5,14 @@ it goes on, or says that everything is done. Everything heavy is imported inside
 """
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from logitlake_shared.cli_support import config_command, run_cli
+
+if TYPE_CHECKING:
+    from logitlake_student.config import EvalConfig, ExportConfig, ReportConfig, TrainConfig
 
 __all__ = ["cli", "main"]
 
@@ -21,23 +24,16 @@ def cli() -> None:
 
 
 @cli.command()
-@config_command
-def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+@config_command("logitlake_student.config:TrainConfig")
+def train(config: "TrainConfig") -> None:
     """Train the configured stages in order; resumes where it was stopped."""
-    from logitlake_shared.config import load_config, to_toml
-    from logitlake_student.config import TrainConfig
-
-    resolved = load_config(TrainConfig, config, overrides)
-    if dry_run:
-        click.echo(to_toml(resolved), nl=False)
-        return
     from logitlake_student.run import plan_run, train_stage
 
-    for run in plan_run(resolved):
+    for run in plan_run(config):
         if run.is_done():
             click.echo(f"{run.stage.type}: trained already, {run.model}")
             continue
-        figures = train_stage(resolved, run)
+        figures = train_stage(config, run)
         click.echo(
             f"{run.stage.type}: {figures['steps']} steps in {figures['seconds']} s, {figures['params_trainable']:,} of "
             f"{figures['params_total']:,} parameters trained, {run.model}"
@@ -45,22 +41,15 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 
 
 @cli.command(name="eval")
-@config_command
-def evaluate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+@config_command("logitlake_student.config:EvalConfig")
+def evaluate(config: "EvalConfig") -> None:
     """Examine checkpoints on held-out data: accuracy, hallucination, KL to the teacher."""
-    from logitlake_shared.config import load_config, to_toml
-    from logitlake_student.config import EvalConfig
-
-    resolved = load_config(EvalConfig, config, overrides)
-    if dry_run:
-        click.echo(to_toml(resolved), nl=False)
-        return
     from logitlake_student.evaluate import examine, result_of
 
-    for model in resolved.models:
-        result = result_of(resolved, model)
+    for model in config.models:
+        result = result_of(config, model)
         if result is None:
-            result = examine(resolved, model)
+            result = examine(config, model)
         click.echo(
             f"{model.name}: vqa accuracy {_figure(result['vqa_accuracy'])}, "
             f"hallucination F1 {_figure(result['hallucination_f1'])}, "
@@ -70,41 +59,27 @@ def evaluate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 
 
 @cli.command()
-@config_command
-def export(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+@config_command("logitlake_student.config:ExportConfig")
+def export(config: "ExportConfig") -> None:
     """Write a trained stage as a stock checkpoint; kept only if it answers as the trained student does."""
-    from logitlake_shared.config import load_config, to_toml
-    from logitlake_student.config import ExportConfig
+    from logitlake_student.release import is_released, release
 
-    resolved = load_config(ExportConfig, config, overrides)
-    if dry_run:
-        click.echo(to_toml(resolved), nl=False)
+    if is_released(config):
+        click.echo(f"{config.output}: exported already")
         return
-    if resolved.output.exists():
-        click.echo(f"{resolved.output}: exported already")
-        return
-    from logitlake_student.release import release
-
-    result = release(resolved)
+    result = release(config)
     click.echo(
         f"{result.out_dir}: {result.params_total:,} parameters; compared with the trained student: {result.gate}"
     )
 
 
 @cli.command()
-@config_command
-def report(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+@config_command("logitlake_student.config:ReportConfig")
+def report(config: "ReportConfig") -> None:
     """Gather a run's figures into one page, one JSON file and one table."""
-    from logitlake_shared.config import load_config, to_toml
-    from logitlake_student.config import ReportConfig
-
-    resolved = load_config(ReportConfig, config, overrides)
-    if dry_run:
-        click.echo(to_toml(resolved), nl=False)
-        return
     from logitlake_student.report import write_report
 
-    write_report(resolved)
+    write_report(config)
 
 
 def _figure(share: float | None) -> str:

@@ -7,7 +7,6 @@ it goes on with the units that have no commit record. Everything heavy is import
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -30,45 +29,32 @@ def cli() -> None:
 
 
 @cli.command()
-@config_command
-def plan(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+@config_command("logitlake_teacher.config:CaptureConfig")
+def plan(config: CaptureConfig) -> None:
     """Check all data of a capture and show its units; nothing is captured."""
-    from logitlake_shared.config import load_config, to_toml
-    from logitlake_teacher.config import CaptureConfig
-
-    resolved = load_config(CaptureConfig, config, overrides)
-    if dry_run:
-        click.echo(to_toml(resolved), nl=False)
-        return
     from logitlake_teacher.service import prepare
 
-    prepared = prepare(resolved)
+    prepared = prepare(config)
     click.echo(
         f"{prepared.plan.dataset.num_samples} samples, {prepared.plan.num_tokens} tokens (an image counted as one), "
-        f"{len(prepared.plan.units)} units of at most {resolved.plan.unit_tokens} tokens"
+        f"{len(prepared.plan.units)} units of at most {config.plan.unit_tokens} tokens"
     )
     click.echo(f"dataset     {prepared.spec.dataset.snapshot_sha256}")
     click.echo(f"fingerprint {prepared.spec.fingerprint}")
 
 
 @cli.command()
-@config_command
-def capture(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+@config_command("logitlake_teacher.config:CaptureConfig")
+def capture(config: CaptureConfig) -> None:
     """Capture the teacher's distribution over every response token; resumes where it was stopped."""
-    from logitlake_shared.config import load_config
-    from logitlake_teacher.config import CaptureConfig
-
-    _run(load_config(CaptureConfig, config, overrides), dry_run)
+    _run(config)
 
 
 @cli.command()
-@config_command
-def pairs(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+@config_command("logitlake_teacher.config:PairsConfig")
+def pairs(config: PairsConfig) -> None:
     """Score preferred and rejected responses with the teacher; resumes where it was stopped."""
-    from logitlake_shared.config import load_config
-    from logitlake_teacher.config import PairsConfig
-
-    _run(load_config(PairsConfig, config, overrides), dry_run)
+    _run(config)
 
 
 def main() -> None:
@@ -76,12 +62,7 @@ def main() -> None:
     run_cli(cli)
 
 
-def _run(config: CaptureConfig | PairsConfig, dry_run: bool) -> None:
-    if dry_run:
-        from logitlake_shared.config import to_toml
-
-        click.echo(to_toml(config), nl=False)
-        return
+def _run(config: CaptureConfig | PairsConfig) -> None:
     from logitlake_teacher import service
 
     prepared = service.prepare(config)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -345,29 +346,10 @@ def student_world(tmp_path: Path, student_checkpoint: Path, student_lake: Path) 
     return StudentWorld(tmp_path, student_checkpoint, student_lake)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def student_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
-    """`student_command("train", config, "a.b=c")`: the console script, run to its end in this process."""
-    from logitlake_student.cli import main
-
-    def run(command: str, config: Path, *overrides: str) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["logitlake-student", command, str(config), *overrides])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return Finished(int(ended.value.code or 0), out, err)
-
-    return run
+def student_command(run_command: Callable[..., Any]) -> Callable[..., Any]:
+    """`student_command("train", config, "a.b=c")`: see `run_command`."""
+    return partial(run_command, "logitlake-student")
 
 
 @pytest.fixture

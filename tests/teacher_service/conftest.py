@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,29 +126,10 @@ def teacher_world(tmp_path: Path, tiny_teacher: Path) -> TeacherWorld:
     return world
 
 
-@dataclass(frozen=True)
-class Finished:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def teacher_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
-    """`teacher_command("capture", config, "a.b=c")`: the console script, run to its end in this process."""
-    from logitlake_teacher.cli import main
-
-    def run(command: str, config: Path, *overrides: str) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["logitlake-teacher", command, str(config), *overrides])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return Finished(int(ended.value.code or 0), out, err)
-
-    return run
+def teacher_command(run_command: Callable[..., Any]) -> Callable[..., Any]:
+    """`teacher_command("capture", config, "a.b=c")`: see `run_command`."""
+    return partial(run_command, "logitlake-teacher")
 
 
 @pytest.fixture
