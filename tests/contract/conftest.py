@@ -1,21 +1,33 @@
 """A real S3 server on loopback, by moto, one for the whole run and one bucket a test."""
 
+import re
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
+from threading import Thread
 
 import pytest
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """The address of moto's server on 127.0.0.1."""
-    from moto.server import ThreadedMotoServer
+    """The address of moto's server on 127.0.0.1.
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    A process of its own: moto's Flask leaves objects in `sys.modules` that raise when vLLM looks at them.
+    """
+    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        for line in server.stderr:
+            if found := re.search(r"Running on (http://127\.0\.0\.1:\d+)", line):
+                break
+        else:
+            pytest.fail("moto's server ended before it said where it listens")
+        # Nobody reads on: the server's log must not fill the pipe and stop it.
+        Thread(target=server.stderr.read, daemon=True).start()
+        yield found[1]
+        server.terminate()
 
 
 @pytest.fixture
