@@ -42,6 +42,8 @@ class Renderer:
     def __init__(self, model_dir: Path) -> None:
         if not model_dir.is_dir():
             raise ConfigError(f"{model_dir}: no such model folder")
+        if not any(model_dir.glob("tokenizer*")):
+            raise ConfigError(f"{model_dir}: no tokenizer there (expected tokenizer.json); name a checkpoint's folder")
         try:
             self._tokenizer = _load_tokenizer(model_dir)
         except (OSError, ValueError) as error:

@@ -89,6 +89,8 @@ def test_what_cannot_be_rendered_is_refused(tmp_path: Path, renderer: Renderer) 
         Renderer(_save(tmp_path / "endless", eos=None))
     with pytest.raises(ConfigError, match="no such model folder"):
         Renderer(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="no tokenizer there"):
+        Renderer(tmp_path)
 
 
 def test_a_template_that_hides_the_end_of_a_turn_is_refused(tmp_path: Path) -> None:
