@@ -24,7 +24,7 @@ from logitlake_shared.lake import Lake
 from logitlake_student.config import EvalConfig, ModelUnderTest
 from logitlake_student.metrics import accuracy, caption_figures, existence_figures, yes_or_no
 
-__all__ = ["TestQuestion", "examine", "figures_of", "read_questions", "result_of"]
+__all__ = ["EvalQuestion", "examine", "figures_of", "read_questions", "result_of"]
 
 # Part of every identity: raise it when a figure's definition changes, so that old results are not taken for new ones.
 EVALUATION = 1
@@ -34,10 +34,8 @@ _CHECKPOINT_FILES = ("*.json", "*.jinja", "*.safetensors")
 
 
 @dataclass(frozen=True)
-class TestQuestion:
+class EvalQuestion:
     """One record of the test data."""
-
-    __test__ = False  # for pytest, which collects by name
 
     sample_id: str
     task: str
@@ -112,7 +110,7 @@ def examine(config: EvalConfig, model: ModelUnderTest) -> dict[str, Any]:
 
 
 def figures_of(
-    config: EvalConfig, questions: Sequence[TestQuestion], answers: Sequence[str], pattern: re.Pattern[str]
+    config: EvalConfig, questions: Sequence[EvalQuestion], answers: Sequence[str], pattern: re.Pattern[str]
 ) -> dict[str, Any]:
     """All figures that answers alone give. `vqa_accuracy` is over every task but captions, existence included."""
     answered = list(zip(questions, answers, strict=True))
@@ -137,7 +135,7 @@ def figures_of(
     }
 
 
-def read_questions(config: EvalConfig) -> list[TestQuestion]:
+def read_questions(config: EvalConfig) -> list[EvalQuestion]:
     """The test data, checked: every record has what its task is scored by. Raises `DataError`."""
     questions = [_question(config, record) for record in read_llava(config.test_data, config.image_root)]
     if not questions:
@@ -145,7 +143,7 @@ def read_questions(config: EvalConfig) -> list[TestQuestion]:
     return questions
 
 
-def _question(config: EvalConfig, record: Conversation) -> TestQuestion:
+def _question(config: EvalConfig, record: Conversation) -> EvalQuestion:
     where = f"{config.test_data}: record {record.sample_id}"
     has_gold = record.messages[-1]["role"] == "assistant"
     messages = record.messages[:-1] if has_gold else record.messages
@@ -162,14 +160,14 @@ def _question(config: EvalConfig, record: Conversation) -> TestQuestion:
         raise DataError(f"{where}: ends without an answer; expected the exact one as its last turn")
     elif record.task == config.existence_task and yes_or_no(gold) is None:
         raise DataError(f"{where}: the answer to an existence question must be yes or no, got {gold!r}")
-    return TestQuestion(record.sample_id, record.task, messages, record.images, gold, tuple(objects))
+    return EvalQuestion(record.sample_id, record.task, messages, record.images, gold, tuple(objects))
 
 
-def _is_caption(config: EvalConfig, question: TestQuestion) -> bool:
+def _is_caption(config: EvalConfig, question: EvalQuestion) -> bool:
     return question.task == config.caption_task
 
 
-def _examples(config: EvalConfig, questions: Sequence[TestQuestion], answers: Sequence[str]) -> list[dict[str, Any]]:
+def _examples(config: EvalConfig, questions: Sequence[EvalQuestion], answers: Sequence[str]) -> list[dict[str, Any]]:
     """Captions spread evenly over the test data; every model is shown with the same ones."""
     captions = [(asked, answer) for asked, answer in zip(questions, answers, strict=True) if _is_caption(config, asked)]
     num_shown = min(config.num_examples, len(captions))
@@ -187,7 +185,7 @@ def _examples(config: EvalConfig, questions: Sequence[TestQuestion], answers: Se
     ]
 
 
-def _image_name(config: EvalConfig, question: TestQuestion) -> str | None:
+def _image_name(config: EvalConfig, question: EvalQuestion) -> str | None:
     """The first image's path as the test data writes it: relative to `image_root`, or absolute."""
     path = question.images[0].path if question.images else None
     if path is None:
