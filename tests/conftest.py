@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
+
+# The same examples every time, and no deadline: a busy machine is not a failure.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.load_profile("suite")
 
 # Nothing in the suite may reach for a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
