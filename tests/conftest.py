@@ -14,13 +14,6 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-# The same examples every time, and no deadline: a busy machine is not a failure.
-settings.register_profile("suite", derandomize=True, deadline=None)
-settings.load_profile("suite")
-
-# Nothing in the suite may reach for a model hub.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 from logitlake_schemas import (
     CaptureSpec,
     CodecPolicy,
@@ -32,6 +25,13 @@ from logitlake_shared.images import inspect_image
 from logitlake_shared.lake import UnitResult
 from logitlake_shared.rows import LakePair, LakeSample
 from logitlake_shared.topk import TeacherRows, encode, stored_error
+
+# The same examples every time, and no deadline: a busy machine is not a failure.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.load_profile("suite")
+
+# Nothing in the suite may reach for a model hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 VOCAB_SIZE = 40
 EOS_ID = 1
