@@ -10,6 +10,8 @@ import click
 
 __all__ = ["Figure", "publish"]
 
+_MIN_WIDTH = 110
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -39,4 +41,7 @@ def publish(benchmark: str, figures: Sequence[Figure], as_json: bool) -> None:
     for figure in figures:
         holds = "" if figure.holds is None else "yes" if figure.holds else "NO"
         table.add_row(figure.name, f"{figure.value:.4g}", figure.unit, figure.reach or "", holds)
-    Console().print(table)
+    console = Console()
+    # Names are long; a table that is cut by the terminal reads better than one whose words are.
+    console.width = max(console.width, _MIN_WIDTH)
+    console.print(table)
