@@ -8,9 +8,13 @@ data_formats  LLaVA JSON and RLAIF-V Parquet, read and checked
 images        guarded decoding, and pixels as the checkpoint's own processor makes them
 topk          the top-k codec: grid, adaptive k, tail mass, stored error
 store         objects in a folder, in memory or in an object store, behind one interface
+rows          samples, pairs and images in memory, and their Arrow tables
 shards        rows <-> Parquet bytes
 lake          caches, units, commit records, snapshots
+cache_figures what a snapshot holds and what storing it cost, counted in one place
 reader        map-style datasets over one snapshot
-catalog       the DuckDB index and SQL views
+catalog       SQL views over a lake, by DuckDB
+verify        a lake checked against its own records
+cli_support   how the three command lines fail, show progress and take a configuration
 cli           the `logitlake` command
 """

@@ -12,6 +12,7 @@ since DuckDB 2 a `WITH … AS (COPY …)` parses as a SELECT.)
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from logitlake_schemas import IMAGE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, Column, CommitRecord, ShardKind, arrow_schema
+from logitlake_shared.cache_figures import cache_figures
 from logitlake_shared.errors import LakeError, QueryError
 from logitlake_shared.lake import Cache, Lake
 
@@ -88,8 +90,8 @@ class Catalog:
         commits = [(cache, commit) for cache, snapshot in pinned for commit in snapshot.commits]
         self._register("shards", _shards(commits))
         self._register("errors", _errors(commits))
-        numbers = {cache.name: snapshot.number for cache, snapshot in pinned}
-        self._register("caches", _caches(commits, numbers, [cache for cache, _ in pinned]))
+        figures = [asdict(cache_figures(cache, snapshot)) for cache, snapshot in pinned]
+        self._register("caches", pa.Table.from_pylist(figures, _CACHES_SCHEMA))
         for kind in _COLUMNS:
             self._create_rows_view(lake, kind, commits)
         self._connection.execute(_tokens_view())
@@ -191,45 +193,6 @@ def _errors(commits: Sequence[tuple[Cache, CommitRecord]]) -> pa.Table:
         for error in commit.errors
     ]
     return pa.Table.from_pylist(rows, _ERRORS_SCHEMA)
-
-
-def _caches(
-    commits: Sequence[tuple[Cache, CommitRecord]], snapshots: dict[str, int], caches: Sequence[Cache]
-) -> pa.Table:
-    rows = []
-    for cache in caches:
-        own = [commit for owner, commit in commits if owner.name == cache.name]
-        entries = [entry for commit in own for entry in commit.shards]
-        row_entries = [entry for entry in entries if entry.kind == cache.spec.kind]
-        tokens = sum(entry.tokens for entry in row_entries)
-        row_bytes = sum(entry.bytes for entry in row_entries)
-        # A unit's own mean, weighted by its tokens, gives the mean over all tokens.
-        weighted = [
-            (sum(entry.tokens for entry in commit.shards if entry.kind == cache.spec.kind), commit.stored_error)
-            for commit in own
-            if commit.stored_error is not None
-        ]
-        weight = sum(count for count, _ in weighted)
-        rows.append(
-            {
-                "cache": cache.name,
-                "kind": cache.spec.kind,
-                "snapshot": snapshots[cache.name],
-                "fingerprint": cache.fingerprint,
-                "teacher": cache.spec.engine.model,
-                "engine": f"{cache.spec.engine.engine} {cache.spec.engine.engine_version}",
-                "units": len(own),
-                "rows": sum(entry.rows for entry in row_entries),
-                "tokens": tokens,
-                "bytes": sum(entry.bytes for entry in entries),
-                "bytes_per_token": row_bytes / tokens if tokens else None,
-                "errors": sum(len(commit.errors) for commit in own),
-                "stored_kl_mean": sum(n * error.kl_mean for n, error in weighted) / weight if weight else None,
-                "stored_kl_max": max((error.kl_max for _, error in weighted), default=None),
-                "mean_k": sum(n * error.mean_k for n, error in weighted) / weight if weight else None,
-            }
-        )
-    return pa.Table.from_pylist(rows, _CACHES_SCHEMA)
 
 
 def _quoted(text: str) -> str:

@@ -12,13 +12,13 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
-from logitlake_schemas import CommitRecord
+from logitlake_shared.cache_figures import CacheFigures, cache_figures
 from logitlake_shared.errors import ConfigError, DataError, FingerprintMismatchError, LakeError
 from logitlake_shared.lake import Cache, Lake
 from logitlake_student.config import STAGE_ORDER, ReportConfig
 from logitlake_student.run import DONE
 
-__all__ = ["FIGURES", "CacheFacts", "EvalResult", "Example", "Figure", "RunFacts", "StageFacts", "gather"]
+__all__ = ["FIGURES", "EvalResult", "Example", "Figure", "RunFacts", "StageFacts", "gather"]
 
 # The trainer writes it; its module needs torch, and a report does not.
 _METRICS = "metrics.jsonl"
@@ -144,34 +144,13 @@ class StageFacts:
 
 
 @dataclass(frozen=True)
-class CacheFacts:
-    """A snapshot of a cache in figures."""
-
-    name: str
-    teacher: str
-    engine: str
-    fingerprint: str
-    snapshot: int
-    rows: int
-    tokens: int
-    bytes_per_token: float | None
-    """bytes of the row shards; images are stored once and are not counted"""
-    shards: int
-    """committed files, images included"""
-    num_failed: int
-    stored_kl: float | None
-    """mean KL(teacher‖what is stored), nats a token"""
-    mean_k: float | None
-
-
-@dataclass(frozen=True)
 class RunFacts:
     """Everything that the report shows."""
 
     teacher: EvalResult
     stages: tuple[StageFacts, ...]
-    lake: CacheFacts
-    pairs: CacheFacts | None
+    lake: CacheFigures
+    pairs: CacheFigures | None
     seconds: dict[str, float]
 
     @property
@@ -204,11 +183,12 @@ def gather(config: ReportConfig) -> RunFacts:
     of_lake = stages[-1].done.identity.lake
     pairs = None
     if of_lake.pairs is not None:
-        pairs = _cache_facts(_cache_with(config, of_lake.pairs), of_lake.pairs_snapshot)
+        pairs_cache = _cache_with(config, of_lake.pairs)
+        pairs = cache_figures(pairs_cache, pairs_cache.open_snapshot(of_lake.pairs_snapshot))
     return RunFacts(
         teacher=teacher,
         stages=stages,
-        lake=_cache_facts(cache, of_lake.snapshot),
+        lake=cache_figures(cache, cache.open_snapshot(of_lake.snapshot)),
         pairs=pairs,
         seconds=_seconds(config, stages),
     )
@@ -265,38 +245,6 @@ def _cache_with(config: ReportConfig, fingerprint: str) -> Cache:
         f"{config.lake}: no cache with fingerprint {fingerprint}, which the preference stage learned from; name the "
         "lake of the run"
     )
-
-
-def _cache_facts(cache: Cache, snapshot_number: int | None) -> CacheFacts:
-    snapshot = cache.open_snapshot(snapshot_number)
-    entries = [entry for commit in snapshot.commits for entry in commit.shards]
-    row_entries = [entry for entry in entries if entry.kind == cache.spec.kind]
-    tokens = sum(entry.tokens for entry in row_entries)
-    return CacheFacts(
-        name=cache.name,
-        teacher=cache.spec.engine.model,
-        engine=f"{cache.spec.engine.engine} {cache.spec.engine.engine_version}",
-        fingerprint=cache.fingerprint,
-        snapshot=snapshot.number,
-        rows=sum(entry.rows for entry in row_entries),
-        tokens=tokens,
-        bytes_per_token=sum(entry.bytes for entry in row_entries) / tokens if tokens else None,
-        shards=len(entries),
-        num_failed=sum(len(commit.errors) for commit in snapshot.commits),
-        stored_kl=_token_mean(snapshot.commits, "kl_mean"),
-        mean_k=_token_mean(snapshot.commits, "mean_k"),
-    )
-
-
-def _token_mean(commits: tuple[CommitRecord, ...], field: str) -> float | None:
-    """A unit's own mean, weighted by its tokens, gives the mean over all tokens."""
-    weighted = [
-        (sum(entry.tokens for entry in commit.shards), getattr(commit.stored_error, field))
-        for commit in commits
-        if commit.stored_error is not None
-    ]
-    weight = sum(count for count, _ in weighted)
-    return sum(count * value for count, value in weighted) / weight if weight else None
 
 
 def _seconds(config: ReportConfig, stages: tuple[StageFacts, ...]) -> dict[str, float]:

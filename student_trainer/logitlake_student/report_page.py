@@ -393,16 +393,16 @@ def _lake(facts: RunFacts) -> list[tuple[str, str]]:
     lake = facts.lake
     rows = [
         ("teacher", f"{lake.teacher} ({lake.engine})"),
-        ("samples", f"{lake.rows:,}" + (f", {lake.num_failed:,} failed" if lake.num_failed else "")),
+        ("samples", f"{lake.rows:,}" + (f", {lake.errors:,} failed" if lake.errors else "")),
         ("tokens", f"{lake.tokens:,}"),
         ("bytes a token", _optional(lake.bytes_per_token, ".1f")),
         ("entries kept a token", _optional(lake.mean_k, ".1f")),
-        ("KL of storing, nats a token", _optional(lake.stored_kl, ".1e")),
+        ("KL of storing, nats a token", _optional(lake.stored_kl_mean, ".1e")),
         ("shards", f"{lake.shards:,}"),
     ]
     if facts.pairs is not None:
         rows.append(("preference pairs", f"{facts.pairs.rows:,}"))
-    return [*rows, ("cache", f"{lake.name}, snapshot {lake.snapshot}"), ("fingerprint", lake.fingerprint[:16])]
+    return [*rows, ("cache", f"{lake.cache}, snapshot {lake.snapshot}"), ("fingerprint", lake.fingerprint[:16])]
 
 
 def _student(facts: RunFacts) -> list[tuple[str, str]]:

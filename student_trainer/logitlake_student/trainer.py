@@ -133,7 +133,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         assert num_items_in_batch is not None
         recorder = RouterRecorder(self.model) if self._has_routers else None
         with recorder or contextlib.nullcontext():
-            hidden_RH = hidden_response_rows(_unwrapped(model), inputs)
+            hidden_RH = hidden_response_rows(model, inputs)
         if isinstance(self._stage, PreferenceStage):
             loss_sum, sums = self._preference(hidden_RH, inputs)
         else:
@@ -152,7 +152,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return loss
 
     def _head(self) -> Tensor:
-        weight_VH: Tensor = _unwrapped(self.model).lm_head.weight[: self._vocab_size]
+        weight_VH: Tensor = self.model.lm_head.weight[: self._vocab_size]
         return weight_VH
 
     def _distillation(self, hidden_RH: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -212,7 +212,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             return self._sequence_logprobs(self._reference, hidden_RH, batch)
 
     def _sequence_logprobs(self, model: Any, hidden_RH: Tensor, batch: Batch) -> Tensor:
-        weight_VH = _unwrapped(model).lm_head.weight[: self._vocab_size]
+        weight_VH = model.lm_head.weight[: self._vocab_size]
         num_sequences = len(batch["length_B"])
         return sequence_logprobs(
             hidden_RH, weight_VH, batch["label_ids_R"], batch["sequence_R"], num_sequences, self._stage.chunk_rows
@@ -222,7 +222,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         stage = self._stage
         assert isinstance(stage, D2SStage | PreferenceStage)
         mask_N = batch["attention_mask_BS"].flatten().bool()
-        num_experts_per_tok = text_config(_unwrapped(self.model)).num_experts_per_tok
+        num_experts_per_tok = text_config(self.model).num_experts_per_tok
         balance = load_balancing_loss(router_logits, mask_N, num_experts_per_tok)
         self._sums["balance"] += float(balance.detach()) / self.current_gradient_accumulation_steps
         loss = stage.balance_weight * balance
@@ -304,10 +304,6 @@ class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(1, **self._figures())
-
-
-def _unwrapped(model: Any) -> Any:
-    return getattr(model, "module", model)
 
 
 def _trainable(model: Any) -> dict[str, Tensor]:

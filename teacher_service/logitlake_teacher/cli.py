@@ -15,9 +15,9 @@ from logitlake_shared.cli_support import config_command, progress, run_cli
 
 if TYPE_CHECKING:
     from logitlake_schemas import CommitRecord
+    from logitlake_shared.cache_figures import CacheFigures
     from logitlake_teacher.config import CaptureConfig, PairsConfig
     from logitlake_teacher.planner import Unit
-    from logitlake_teacher.service import Summary
 
 __all__ = ["cli", "main"]
 
@@ -72,7 +72,8 @@ def _run(config: CaptureConfig | PairsConfig) -> None:
     noun = prepared.kind
     if not units:
         summary = service.summarise(cache)
-        click.echo(f"{what}: everything is captured already ({summary.rows} {noun}, snapshot {summary.snapshot})")
+        rows, snapshot = summary.figures.rows, summary.figures.snapshot
+        click.echo(f"{what}: everything is captured already ({rows} {noun}, snapshot {snapshot})")
         service.check_error_rate(summary, config.max_error_rate)
         return
     done = len(prepared.plan.units) - len(units)
@@ -91,21 +92,19 @@ def _run(config: CaptureConfig | PairsConfig) -> None:
 
         seconds = service.run_units(config, prepared, units, on_commit)
     summary = service.summarise(cache)
-    _show(what, noun, summary, seconds)
+    _show(what, noun, summary.figures, seconds)
     service.check_error_rate(summary, config.max_error_rate)
 
 
-def _show(what: str, noun: str, summary: Summary, seconds: float) -> None:
-    figures = [
-        f"{summary.rows} {noun}",
-        f"{summary.tokens} response tokens",
-        f"{summary.bytes_per_token:.1f} bytes/token",
-        f"{summary.image_bytes / 1e6:.1f} MB of images",
-    ]
-    if summary.stored_kl is not None:
-        figures.append(f"stored KL {summary.stored_kl:.1e} nats/token")
-    figures += [f"{summary.num_errors} errors", f"{seconds:.1f} s"]
-    click.echo(f"{what}, snapshot {summary.snapshot}: {', '.join(figures)}")
+def _show(what: str, noun: str, figures: CacheFigures, seconds: float) -> None:
+    said = [f"{figures.rows} {noun}", f"{figures.tokens} response tokens"]
+    if figures.bytes_per_token is not None:
+        said.append(f"{figures.bytes_per_token:.1f} bytes/token")
+    said.append(f"{figures.image_bytes / 1e6:.1f} MB of images")
+    if figures.stored_kl_mean is not None:
+        said.append(f"stored KL {figures.stored_kl_mean:.1e} nats/token")
+    said += [f"{figures.errors} errors", f"{seconds:.1f} s"]
+    click.echo(f"{what}, snapshot {figures.snapshot}: {', '.join(said)}")
 
 
 if __name__ == "__main__":

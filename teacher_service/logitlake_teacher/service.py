@@ -5,12 +5,14 @@ recognised, and a capture that does not fit its cache refused, before Ray or an 
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from logitlake_schemas import CacheKind, CaptureSpec, CommitRecord, Snapshot
+from logitlake_schemas import CacheKind, CaptureSpec, CommitRecord
+from logitlake_shared.cache_figures import CacheFigures, cache_figures
 from logitlake_shared.errors import ConfigError, DataError
 from logitlake_shared.lake import Cache, Lake
 from logitlake_shared.rendering import Renderer
@@ -47,26 +49,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a cache holds."""
+    """What a cache holds, and why it does not hold more."""
 
-    snapshot: int
-    rows: int
-    """captured samples or pairs"""
-    tokens: int
-    """their response tokens"""
-    bytes_per_token: float
-    """bytes of the row shards a response token, images not counted"""
-    image_bytes: int
-    stored_kl: float | None
-    """mean KL(captured‖stored) in nats a token; none for pairs"""
+    figures: CacheFigures
     errors: dict[str, int]
     """number of items that could not be captured, by code"""
     first_error: str | None
-
-    @property
-    def num_errors(self) -> int:
-        """Items that could not be captured."""
-        return sum(self.errors.values())
 
 
 def prepare(config: CaptureConfig | PairsConfig) -> Prepared:
@@ -125,38 +113,22 @@ def run_units(config: CaptureConfig | PairsConfig, prepared: Prepared, units: li
 
 def summarise(cache: Cache) -> Summary:
     """Takes a snapshot (the newest one again if nothing came since) and adds up what it holds."""
-    snapshot: Snapshot = cache.snapshot()
-    entries = [(commit, entry) for commit in snapshot.commits for entry in commit.shards]
-    rows = [(commit, entry) for commit, entry in entries if entry.kind != "images"]
-    tokens = sum(entry.tokens for _, entry in rows)
-    kl = [(commit.stored_error.kl_mean, entry.tokens) for commit, entry in rows if commit.stored_error is not None]
-    errors: dict[str, int] = {}
-    first_error: str | None = None
-    for commit in snapshot.commits:
-        for error in commit.errors:
-            errors[error.code] = errors.get(error.code, 0) + 1
-            first_error = first_error or f"{error.sample_id!r}: {error.code}: {error.message}"
-    return Summary(
-        snapshot=snapshot.number,
-        rows=sum(entry.rows for _, entry in rows),
-        tokens=tokens,
-        bytes_per_token=sum(entry.bytes for _, entry in rows) / max(tokens, 1),
-        image_bytes=sum(entry.bytes for _, entry in entries if entry.kind == "images"),
-        stored_kl=sum(mean * count for mean, count in kl) / max(tokens, 1) if kl else None,
-        errors=errors,
-        first_error=first_error,
-    )
+    snapshot = cache.snapshot()
+    errors = [error for commit in snapshot.commits for error in commit.errors]
+    first = next((f"{error.sample_id!r}: {error.code}: {error.message}" for error in errors), None)
+    return Summary(cache_figures(cache, snapshot), dict(Counter(error.code for error in errors)), first)
 
 
 def check_error_rate(summary: Summary, max_error_rate: float) -> None:
     """Raises `DataError` when a greater share of the items failed than the configuration allows."""
-    total = summary.rows + summary.num_errors
-    if summary.num_errors > max_error_rate * total:
+    figures = summary.figures
+    total = figures.rows + figures.errors
+    if figures.errors > max_error_rate * total:
         codes = ", ".join(f"{count} {code}" for code, count in sorted(summary.errors.items()))
         raise DataError(
-            f"{summary.num_errors} of {total} items could not be captured ({codes}), max_error_rate is "
-            f"{max_error_rate}; the first is {summary.first_error}. The other {summary.rows} are committed in snapshot "
-            f"{summary.snapshot}; mend the data and capture into a new cache, or raise max_error_rate to accept this"
+            f"{figures.errors} of {total} items could not be captured ({codes}), max_error_rate is "
+            f"{max_error_rate}; the first is {summary.first_error}. The other {figures.rows} are committed in snapshot "
+            f"{figures.snapshot}; mend the data and capture into a new cache, or raise max_error_rate to accept this"
         )
 
 

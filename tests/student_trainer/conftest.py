@@ -273,7 +273,7 @@ def student_lake(tiny_teacher: Path, student_data: Path, tmp_path_factory: pytes
         prepared = prepare(config)
         cache = open_cache(config, prepared)
         run_units(config, prepared, remaining_units(prepared, cache), lambda *_: None)
-        assert not summarise(cache).num_errors
+        assert not summarise(cache).figures.errors
     lake = Lake.open(folder)
     lake.create_cache("empty", lake.cache("main").spec)
     return folder
