@@ -24,7 +24,7 @@ from logitlake_schemas import (
 from logitlake_shared.images import inspect_image
 from logitlake_shared.lake import UnitResult
 from logitlake_shared.rows import LakePair, LakeSample
-from logitlake_shared.topk import TeacherRows, encode, stored_error
+from logitlake_shared.topk import TeacherRows, concatenate, encode, stored_error
 
 # The same examples every time, and no deadline: a busy machine is not a failure.
 settings.register_profile("suite", derandomize=True, deadline=None)
@@ -101,7 +101,7 @@ def make_unit() -> Callable[..., UnitResult]:
             seed = 10 * number + place
             rows = make_teacher_rows(4, policy.k_max, seed)
             stored = encode(rows, policy)
-            captured.append((rows, stored))
+            captured.append(rows)
             samples.append(
                 LakeSample(
                     sample_id=f"sample-{seed:04d}",
@@ -120,7 +120,10 @@ def make_unit() -> Callable[..., UnitResult]:
                 )
             )
         return UnitResult(
-            unit=f"{number:06d}-test", samples=samples, images=[image], stored_error=stored_error(captured)
+            unit=f"{number:06d}-test",
+            samples=samples,
+            images=[image],
+            stored_error=stored_error(concatenate(captured), encode(concatenate(captured), policy)),
         )
 
     return make

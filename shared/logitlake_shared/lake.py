@@ -6,10 +6,12 @@ what a snapshot names never changes. So a writer may be killed anywhere: at wors
 record names, and the unit is done again.
 """
 
+import hashlib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import pyarrow as pa
 from pydantic import ValidationError
@@ -19,6 +21,7 @@ from logitlake_schemas import (
     CaptureSpec,
     CommitRecord,
     LakeManifest,
+    QuarantineRecord,
     ShardEntry,
     ShardKind,
     Snapshot,
@@ -43,12 +46,15 @@ from logitlake_shared.rows import (
     pairs_to_table,
     samples_to_table,
 )
-from logitlake_shared.shards import read_shard, write_shard
+from logitlake_shared.shards import Shard, write_shard
 from logitlake_shared.store import ObjectStore, open_store
 
 __all__ = ["Cache", "Lake", "UnitResult", "spec_differences"]
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+# Bytes hashed at a time.
+_CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -143,24 +149,22 @@ class Cache:
         the stored error is over the spec's budget, `LakeConflictError` when another publisher committed other content.
         """
         self._check_budget(result)
-        shards: list[ShardEntry] = []
-        if result.samples:
-            tokens = sum(len(sample.response_ids) for sample in result.samples)
-            shards.append(self._put_shard("samples", result.unit, samples_to_table(result.samples), tokens))
-        if result.pairs:
-            tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in result.pairs)
-            shards.append(self._put_shard("pairs", result.unit, pairs_to_table(result.pairs), tokens))
-        if result.images:
-            shards.append(self._put_shard("images", result.unit, images_to_table(result.images), 0))
+        shards = self._prepare(result)
+        for entry, data in shards:
+            self._put_shard(entry, data)
         record = CommitRecord(
             cache=self.name,
             unit=result.unit,
             spec_fingerprint=self.fingerprint,
-            shards=tuple(shards),
+            shards=tuple(entry for entry, _ in shards),
             errors=tuple(result.errors),
             stored_error=result.stored_error,
         )
         if self.store.put_new(layout.commit_path(self.name, result.unit), record.to_bytes()):
+            # Collection may have taken a shard just before the record was there to protect it: see `gc`.
+            for entry, data in shards:
+                if self.store.size(entry.path) is None:
+                    self._put_shard(entry, data)
             return record
         committed = self.commit(result.unit)
         if committed != record:
@@ -187,6 +191,25 @@ class Cache:
                 f"{self.store.uri}/{path}: written for spec {record.spec_fingerprint}, expected {self.fingerprint}; "
                 "the record belongs to another cache"
             )
+        return record
+
+    def quarantine(self, unit: str, reasons: Sequence[str]) -> QuarantineRecord:
+        """Takes a damaged unit's commit record back: the unit is in the plan again, and a capture does it anew.
+
+        Its shards stay where they are. Snapshots that name them go on saying so, loudly; where the new capture gives
+        the same bytes, it heals them. Make a snapshot afterwards. Raises `LakeError` if the unit is not committed.
+        """
+        path = layout.commit_path(self.name, unit)
+        data = self.store.get(path)
+        if data is None:
+            raise LakeError(f"{self.store.uri}: unit {unit} of cache {self.name!r} is not committed")
+        record = QuarantineRecord(
+            cache=self.name, unit=unit, reasons=tuple(reasons), commit=data.decode(errors="backslashreplace")
+        )
+        number = 1
+        while not self.store.put_new(layout.quarantine_path(self.name, unit, number), record.to_bytes()):
+            number += 1
+        self.store.delete(path)
         return record
 
     def snapshot(self) -> Snapshot:
@@ -218,27 +241,70 @@ class Cache:
             )
         return _parse(Snapshot, data, f"{self.store.uri}/{path}")
 
-    def read(self, entry: ShardEntry, columns: list[str] | None = None) -> pa.Table:
-        """The rows of a committed shard, its length and sha256 verified. Raises `LakeCorruptError`."""
-        where = f"{self.store.uri}/{entry.path}"
-        data = self.store.get(entry.path)
-        if data is None:
-            raise LakeCorruptError(f"{where}: committed but missing; restore it, or capture its unit into a new cache")
-        if len(data) != entry.bytes or sha256_hex(data) != entry.sha256:
-            raise LakeCorruptError(
-                f"{where}: expected {entry.bytes} bytes with sha256 {entry.sha256}, got {len(data)} bytes with "
-                f"{sha256_hex(data)}; restore the file from a copy"
-            )
-        return read_shard(data, where, columns)
+    def open(self, entry: ShardEntry, *, verify: bool = True) -> Shard:
+        """A committed shard, read as its rows are asked for; close it.
 
-    def _put_shard(self, kind: ShardKind, unit: str, table: pa.Table, tokens: int) -> ShardEntry:
-        data = write_shard(table, kind, self.name, unit, self.fingerprint)
+        With `verify` its length and the sha256 of all its bytes are compared with the record first; without, the
+        checksum of each page that is read still is. Raises `LakeCorruptError`, `LakeFormatError`.
+        """
+        where = f"{self.store.uri}/{entry.path}"
+        source = self.store.open(entry.path)
+        if source is None:
+            raise LakeCorruptError(
+                f"{where}: committed but missing; restore it, or let `logitlake verify --repair` return its unit to "
+                "the plan"
+            )
+        if verify:
+            _verify(source, entry, where)
+        return Shard(source, where)
+
+    def read(self, entry: ShardEntry, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of a committed shard, its length and sha256 verified. Raises `LakeCorruptError`."""
+        with closing(self.open(entry)) as shard:
+            return shard.read(columns)
+
+    def index(self, entry: ShardEntry) -> pa.Table:
+        """See `Shard.index`."""
+        with closing(self.open(entry, verify=False)) as shard:
+            return shard.index()
+
+    def _prepare(self, result: UnitResult) -> list[tuple[ShardEntry, bytes]]:
+        """The unit's shards, in memory."""
+        shards = []
+        if result.samples:
+            tokens = sum(len(sample.response_ids) for sample in result.samples)
+            shards.append(self._shard("samples", samples_to_table(result.samples), tokens, result))
+        if result.pairs:
+            tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in result.pairs)
+            shards.append(self._shard("pairs", pairs_to_table(result.pairs), tokens, result))
+        if result.images:
+            shards.append(self._shard("images", images_to_table(result.images), 0, result))
+        return shards
+
+    def _shard(self, kind: ShardKind, table: pa.Table, tokens: int, result: UnitResult) -> tuple[ShardEntry, bytes]:
+        data = write_shard(
+            table,
+            kind,
+            cache=self.name,
+            unit=result.unit,
+            spec_fingerprint=self.fingerprint,
+            exact=self.spec.codec.grid == "exact",
+            stored_error=result.stored_error if kind == "samples" else None,
+        )
         digest = sha256_hex(data)
         name = layout.image_shard_path if kind == "images" else layout.shard_path
-        path = name(self.name, unit, digest)
-        # The name carries the content: where it is taken, the same bytes are there already.
-        self.store.put_new(path, data)
-        return ShardEntry(kind=kind, path=path, sha256=digest, bytes=len(data), rows=table.num_rows, tokens=tokens)
+        path = name(self.name, result.unit, digest)
+        entry = ShardEntry(kind=kind, path=path, sha256=digest, bytes=len(data), rows=table.num_rows, tokens=tokens)
+        return entry, data
+
+    def _put_shard(self, entry: ShardEntry, data: bytes) -> None:
+        """Makes sure that the shard is in the store, whole and young: see `logitlake_shared.gc`.
+
+        Its name says what its bytes are. So a name that is taken holds these bytes, or bytes that were damaged, and
+        writing them once more is right in both cases.
+        """
+        if not self.store.put_new(entry.path, data):
+            self.store.overwrite(entry.path, data)
 
     def _check_budget(self, result: UnitResult) -> None:
         budget = self.spec.codec.max_mean_kl
@@ -251,6 +317,21 @@ class Cache:
     def _newest_snapshot_number(self) -> int:
         names = self.store.names(layout.snapshots_prefix(self.name))
         return layout.snapshot_number(names[-1]) if names else 0
+
+
+def _verify(source: BinaryIO, entry: ShardEntry, where: str) -> None:
+    digest, length = hashlib.sha256(), 0
+    while chunk := source.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        length += len(chunk)
+    if length != entry.bytes or digest.hexdigest() != entry.sha256:
+        source.close()
+        raise LakeCorruptError(
+            f"{where}: expected {entry.bytes} bytes with sha256 {entry.sha256}, got {length} bytes with "
+            f"{digest.hexdigest()}; restore the file from a copy, or let `logitlake verify --repair` return its unit "
+            "to the plan"
+        )
+    source.seek(0)
 
 
 def spec_differences(old: CaptureSpec, new: CaptureSpec) -> list[str]:

@@ -8,7 +8,6 @@ Readers and writers meet here: a shard is `samples_to_table(...)` written out, a
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,8 @@ __all__ = [
     "LakeImage",
     "LakePair",
     "LakeSample",
+    "PairViews",
+    "SampleViews",
     "images_from_table",
     "images_to_table",
     "pairs_from_table",
@@ -86,107 +87,62 @@ class LakeImage:
 
 def samples_to_table(samples: Sequence[LakeSample]) -> pa.Table:
     """The samples as a table of `SAMPLE_COLUMNS`."""
-    records = [
-        {
-            **_origin(sample),
-            "sample_id": sample.sample_id,
-            "prompt_ids": sample.prompt_ids,
-            "prompt_lengths": sample.prompt_lengths,
-            "response_ids": sample.response_ids,
-            "response_lengths": sample.response_lengths,
-            "expanded_length": sample.expanded_length,
-            "image_sha256": list(sample.image_sha256),
-            "k": sample.rows.k_T,
-            "topk_ids": sample.rows.topk_ids,
-            "topk_logprobs": sample.rows.topk_logprobs,
-            "label_logprob": sample.rows.label_logprob_T,
-            "label_rank": sample.rows.label_rank_T,
-            "log_tail_mass": sample.rows.log_tail_mass_T,
-            "entropy": sample.rows.entropy_T,
-            "finish_reason": sample.finish_reason,
-        }
-        for sample in samples
-    ]
-    return _table(records, arrow_schema(SAMPLE_COLUMNS))
+    rows = [sample.rows for sample in samples]
+    columns = {
+        **_origin(samples),
+        "sample_id": [sample.sample_id for sample in samples],
+        "prompt_ids": [sample.prompt_ids for sample in samples],
+        "prompt_lengths": [sample.prompt_lengths for sample in samples],
+        "response_ids": [sample.response_ids for sample in samples],
+        "response_lengths": [sample.response_lengths for sample in samples],
+        "expanded_length": [sample.expanded_length for sample in samples],
+        "image_sha256": [sample.image_sha256 for sample in samples],
+        "k": [row.k_T for row in rows],
+        "topk_ids": [row.topk_ids for row in rows],
+        "topk_logprobs": [row.topk_logprobs for row in rows],
+        "label_logprob": [row.label_logprob_T for row in rows],
+        "label_rank": [row.label_rank_T for row in rows],
+        "log_tail_mass": [row.log_tail_mass_T for row in rows],
+        "entropy": [row.entropy_T for row in rows],
+        "finish_reason": [sample.finish_reason for sample in samples],
+    }
+    return _table(columns, arrow_schema(SAMPLE_COLUMNS))
 
 
 def samples_from_table(table: pa.Table) -> list[LakeSample]:
-    """The inverse of `samples_to_table`."""
-    columns = {name: _lists(table.column(name)) for name in table.schema.names}
-    return [
-        LakeSample(
-            sample_id=columns["sample_id"][i],
-            task=columns["task"][i],
-            source=columns["source"][i],
-            split=columns["split"][i],
-            messages=json.loads(columns["messages"][i]),
-            prompt_ids=columns["prompt_ids"][i],
-            prompt_lengths=columns["prompt_lengths"][i],
-            response_ids=columns["response_ids"][i],
-            response_lengths=columns["response_lengths"][i],
-            expanded_length=columns["expanded_length"][i],
-            image_sha256=tuple(columns["image_sha256"][i]),
-            rows=StoredRows(
-                k_T=columns["k"][i],
-                topk_ids=columns["topk_ids"][i],
-                topk_logprobs=columns["topk_logprobs"][i],
-                label_logprob_T=columns["label_logprob"][i],
-                label_rank_T=columns["label_rank"][i],
-                log_tail_mass_T=columns["log_tail_mass"][i],
-                entropy_T=columns["entropy"][i],
-            ),
-            finish_reason=columns["finish_reason"][i],
-        )
-        for i in range(table.num_rows)
-    ]
+    """The inverse of `samples_to_table`. The arrays are views of the table's memory and cannot be written to."""
+    views = SampleViews(table)
+    return [views.item(row) for row in range(len(views))]
 
 
 def pairs_to_table(pairs: Sequence[LakePair]) -> pa.Table:
     """The pairs as a table of `PAIR_COLUMNS`."""
-    records = [
-        {
-            **_origin(pair),
-            "pair_id": pair.pair_id,
-            "prompt_ids": pair.prompt_ids,
-            "image_sha256": list(pair.image_sha256),
-            "chosen_ids": pair.chosen_ids,
-            "rejected_ids": pair.rejected_ids,
-            "chosen_logprobs": pair.chosen_logprobs,
-            "rejected_logprobs": pair.rejected_logprobs,
-            "chosen_score": float(pair.chosen_logprobs.sum(dtype=np.float64)),
-            "rejected_score": float(pair.rejected_logprobs.sum(dtype=np.float64)),
-            "made_by": pair.made_by,
-        }
-        for pair in pairs
-    ]
-    return _table(records, arrow_schema(PAIR_COLUMNS))
+    columns = {
+        **_origin(pairs),
+        "pair_id": [pair.pair_id for pair in pairs],
+        "prompt_ids": [pair.prompt_ids for pair in pairs],
+        "image_sha256": [pair.image_sha256 for pair in pairs],
+        "chosen_ids": [pair.chosen_ids for pair in pairs],
+        "rejected_ids": [pair.rejected_ids for pair in pairs],
+        "chosen_logprobs": [pair.chosen_logprobs for pair in pairs],
+        "rejected_logprobs": [pair.rejected_logprobs for pair in pairs],
+        "chosen_score": [float(pair.chosen_logprobs.sum(dtype=np.float64)) for pair in pairs],
+        "rejected_score": [float(pair.rejected_logprobs.sum(dtype=np.float64)) for pair in pairs],
+        "made_by": [pair.made_by for pair in pairs],
+    }
+    return _table(columns, arrow_schema(PAIR_COLUMNS))
 
 
 def pairs_from_table(table: pa.Table) -> list[LakePair]:
-    """The inverse of `pairs_to_table`; the two scores are sums and are not read back."""
-    columns = {name: _lists(table.column(name)) for name in table.schema.names}
-    return [
-        LakePair(
-            pair_id=columns["pair_id"][i],
-            task=columns["task"][i],
-            source=columns["source"][i],
-            split=columns["split"][i],
-            messages=json.loads(columns["messages"][i]),
-            prompt_ids=columns["prompt_ids"][i],
-            image_sha256=tuple(columns["image_sha256"][i]),
-            chosen_ids=columns["chosen_ids"][i],
-            rejected_ids=columns["rejected_ids"][i],
-            chosen_logprobs=columns["chosen_logprobs"][i],
-            rejected_logprobs=columns["rejected_logprobs"][i],
-            made_by=columns["made_by"][i],
-        )
-        for i in range(table.num_rows)
-    ]
+    """The inverse of `pairs_to_table`; the two scores are sums and are not read back. Views, as for samples."""
+    views = PairViews(table)
+    return [views.item(row) for row in range(len(views))]
 
 
 def images_to_table(images: Sequence[LakeImage]) -> pa.Table:
     """The images as a table of `IMAGE_COLUMNS`."""
-    return _table([vars(image) for image in images], arrow_schema(IMAGE_COLUMNS))
+    schema = arrow_schema(IMAGE_COLUMNS)
+    return _table({name: [getattr(image, name) for image in images] for name in schema.names}, schema)
 
 
 def images_from_table(table: pa.Table) -> list[LakeImage]:
@@ -194,28 +150,117 @@ def images_from_table(table: pa.Table) -> list[LakeImage]:
     return [LakeImage(**record) for record in table.to_pylist()]
 
 
-def _origin(row: LakeSample | LakePair) -> dict[str, Any]:
+def _origin(rows: Sequence[LakeSample] | Sequence[LakePair]) -> dict[str, list[Any]]:
     return {
-        "task": row.task,
-        "source": row.source,
-        "split": row.split,
-        "messages": json.dumps(row.messages, ensure_ascii=False),
+        "task": [row.task for row in rows],
+        "source": [row.source for row in rows],
+        "split": [row.split for row in rows],
+        "messages": [json.dumps(row.messages, ensure_ascii=False) for row in rows],
     }
 
 
-def _table(records: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_pydict(
-        {field.name: pa.array([record[field.name] for record in records], field.type) for field in schema},
-        schema,
-    )
+def _table(columns: dict[str, list[Any]], schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_arrays([_array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
-def _lists(column: pa.ChunkedArray) -> list[Any]:
-    """Numeric lists as numpy arrays cut from one buffer; everything else as Python objects."""
-    array = column.combine_chunks()
+def _array(values: list[Any], type_: pa.DataType) -> pa.Array:
+    """Numeric lists become one buffer and its offsets, without an object for each element."""
+    if not (pa.types.is_list(type_) and pa.types.is_primitive(type_.value_type)):
+        return pa.array(values, type_)
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    flat = np.concatenate(values) if values else np.empty(0)
+    flat = flat.astype(type_.value_type.to_pandas_dtype(), copy=False)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=type_)
+
+
+class _Views:
+    """The rows of a table, columnar: an item is made when it is asked for, its arrays are views."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._num_rows = table.num_rows
+        self._columns = {name: _column(table.column(name)) for name in table.schema.names}
+        self.num_bytes: int = table.get_total_buffer_size()
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def image_sha256(self, row: int) -> list[str]:
+        """The images that a row names."""
+        names: list[str] = self._columns["image_sha256"][row]
+        return names
+
+
+class SampleViews(_Views):
+    """The samples of a table, one at a time."""
+
+    def item(self, row: int, images: tuple[bytes, ...] = ()) -> LakeSample:
+        """Sample `row` with its encoded images."""
+        columns = self._columns
+        return LakeSample(
+            sample_id=columns["sample_id"][row],
+            task=columns["task"][row],
+            source=columns["source"][row],
+            split=columns["split"][row],
+            messages=json.loads(columns["messages"][row]),
+            prompt_ids=columns["prompt_ids"][row],
+            prompt_lengths=columns["prompt_lengths"][row],
+            response_ids=columns["response_ids"][row],
+            response_lengths=columns["response_lengths"][row],
+            expanded_length=columns["expanded_length"][row],
+            image_sha256=tuple(columns["image_sha256"][row]),
+            rows=StoredRows(
+                k_T=columns["k"][row],
+                topk_ids=columns["topk_ids"][row],
+                topk_logprobs=columns["topk_logprobs"][row],
+                label_logprob_T=columns["label_logprob"][row],
+                label_rank_T=columns["label_rank"][row],
+                log_tail_mass_T=columns["log_tail_mass"][row],
+                entropy_T=columns["entropy"][row],
+            ),
+            finish_reason=columns["finish_reason"][row],
+            images=images,
+        )
+
+
+class PairViews(_Views):
+    """The pairs of a table, one at a time."""
+
+    def item(self, row: int, images: tuple[bytes, ...] = ()) -> LakePair:
+        """Pair `row` with its encoded images."""
+        columns = self._columns
+        return LakePair(
+            pair_id=columns["pair_id"][row],
+            task=columns["task"][row],
+            source=columns["source"][row],
+            split=columns["split"][row],
+            messages=json.loads(columns["messages"][row]),
+            prompt_ids=columns["prompt_ids"][row],
+            image_sha256=tuple(columns["image_sha256"][row]),
+            chosen_ids=columns["chosen_ids"][row],
+            rejected_ids=columns["rejected_ids"][row],
+            chosen_logprobs=columns["chosen_logprobs"][row],
+            rejected_logprobs=columns["rejected_logprobs"][row],
+            made_by=columns["made_by"][row],
+            images=images,
+        )
+
+
+class _ListViews:
+    """The lists of one column: slices of one flat array."""
+
+    def __init__(self, values: npt.NDArray[Any], offsets: list[int]) -> None:
+        self._values, self._offsets = values, offsets
+
+    def __getitem__(self, row: int) -> npt.NDArray[Any]:
+        return self._values[self._offsets[row] : self._offsets[row + 1]]
+
+
+def _column(column: pa.ChunkedArray) -> Any:
+    """Numeric lists as views of one buffer; everything else as Python objects."""
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # an empty table has no chunk to combine
         return []
     if not (pa.types.is_list(array.type) and pa.types.is_primitive(array.type.value_type)):
-        return list(array.to_pylist())
-    values, offsets = array.flatten().to_numpy(), np.cumsum([0, *array.value_lengths().to_pylist()])
-    return [values[start:stop] for start, stop in pairwise(offsets)]
+        return array.to_pylist()
+    # `values` and not `flatten`: the offsets count from the beginning of the whole buffer.
+    return _ListViews(array.values.to_numpy(), array.offsets.to_pylist())

@@ -1,28 +1,55 @@
 """Rows to Parquet bytes and back.
 
-A shard is written by pyarrow (DuckDB's writer makes it a sixth larger), zstd level 3, 64 rows a row group, with page
-checksums and a page index. Its footer repeats what is needed to read it alone: format version, kind, cache, unit and
-spec fingerprint. The same rows give the same bytes. Reading verifies every page's checksum: without that, pyarrow
-and DuckDB return wrong values in silence for nine of ten flipped bits.
+A shard is written by pyarrow (DuckDB's writer makes it a sixth larger): zstd level 3, the encoding of each column as
+`logitlake_schemas.columns` declares it, page checksums, a page index, and row groups of one or two megabytes whatever
+the length of the answers, so that one sample can be read without its shard. The footer repeats what is needed to
+read a shard alone: format version, kind, cache, unit, spec fingerprint and what storing cost. The same rows give the
+same bytes. Reading verifies every page's checksum: without that, pyarrow and DuckDB return wrong values in silence
+for nine of ten flipped bits.
 """
 
-import io
+from collections.abc import Sequence
+from typing import Any, BinaryIO
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from logitlake_schemas import FORMAT_VERSION, ShardKind
+from logitlake_schemas import COLUMNS, FORMAT_VERSION, Column, ShardKind, StoredError
 from logitlake_shared.errors import LakeCorruptError, LakeFormatError
 
-__all__ = ["FOOTER_PREFIX", "read_shard", "write_shard"]
+__all__ = ["FOOTER_PREFIX", "Shard", "write_shard"]
 
 FOOTER_PREFIX = "logitlake."
-_ROWS_PER_GROUP = 64
 _ZSTD_LEVEL = 3
+# Response tokens of a row group: one or two megabytes, read in some ten milliseconds. A larger group shares its
+# dictionary of token ids among more tokens, a smaller one is read faster for one sample.
+_GROUP_TOKENS = 32_768
+_GROUP_IMAGE_BYTES = 4 * 2**20
+# A group of very short answers still ends somewhere.
+_GROUP_ROWS = 4096
+# Room for a dictionary of every id of a vocabulary of 256k; beyond its limit Parquet falls back to plain values.
+_DICTIONARY_BYTES = 2**20
+_TOKEN_LISTS: dict[ShardKind, tuple[str, ...]] = {
+    "samples": ("response_ids",),
+    "pairs": ("chosen_ids", "rejected_ids"),
+    "images": (),
+}
 
 
-def write_shard(table: pa.Table, kind: ShardKind, cache: str, unit: str, spec_fingerprint: str) -> bytes:
-    """The Parquet bytes of `table` with the footer of a shard."""
+def write_shard(
+    table: pa.Table,
+    kind: ShardKind,
+    *,
+    cache: str,
+    unit: str,
+    spec_fingerprint: str,
+    exact: bool = False,
+    stored_error: StoredError | None = None,
+) -> bytes:
+    """The Parquet bytes of `table` with the footer of a shard. `exact` says that its logprobs are not on the grid."""
     footer = {
         "format_version": str(FORMAT_VERSION),
         "kind": kind,
@@ -30,35 +57,140 @@ def write_shard(table: pa.Table, kind: ShardKind, cache: str, unit: str, spec_fi
         "unit": unit,
         "spec_fingerprint": spec_fingerprint,
     }
-    metadata = {f"{FOOTER_PREFIX}{key}": value for key, value in footer.items()}
-    buffer = io.BytesIO()
+    if stored_error is not None:
+        footer["stored_error"] = stored_error.model_dump_json()
+    encodings = {_path(column): _encoding(column, exact) for column in COLUMNS[kind]}
+    sink = pa.BufferOutputStream()
     writer = pq.ParquetWriter(
-        buffer,
+        sink,
         table.schema,
         compression="zstd",
         compression_level=_ZSTD_LEVEL,
-        use_dictionary=True,
+        use_dictionary=[path for path, encoding in encodings.items() if encoding == "dictionary"],
+        column_encoding={path: "BYTE_STREAM_SPLIT" for path, encoding in encodings.items() if encoding == "split"},
+        dictionary_pagesize_limit=_DICTIONARY_BYTES,
         write_page_checksum=True,
         write_page_index=True,
         # Parquet's own types say all that Arrow's schema would say again in every footer.
         store_schema=False,
     )
     with writer:
-        writer.write_table(table, row_group_size=_ROWS_PER_GROUP)
-        writer.add_key_value_metadata(metadata)
-    return buffer.getvalue()
+        start = 0
+        for rows in _group_rows(table, kind):
+            writer.write_table(table.slice(start, rows), row_group_size=rows)
+            start += rows
+        writer.add_key_value_metadata({f"{FOOTER_PREFIX}{key}": value for key, value in footer.items()})
+    return bytes(sink.getvalue())
 
 
-def read_shard(data: bytes, where: str, columns: list[str] | None = None) -> pa.Table:
-    """The table in a shard's bytes. `where` names it in errors: `LakeCorruptError`, `LakeFormatError`."""
-    try:
-        file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-        footer = file.metadata.metadata or {}
-        version = footer.get(f"{FOOTER_PREFIX}format_version".encode(), b"none").decode()
+class Shard:
+    """An open shard: its footer, and its rows as they are asked for. Close it.
+
+    `source` is what `pyarrow.parquet` opens; `where` names the shard in errors. Raises `LakeCorruptError`,
+    `LakeFormatError`.
+    """
+
+    def __init__(self, source: pa.NativeFile | BinaryIO | pa.BufferReader, where: str) -> None:
+        self._where = where
+        try:
+            self._file = pq.ParquetFile(source, page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            raise self._corrupt(error) from error
+        metadata = self._file.metadata
+        self.footer = _footer(metadata)
+        """the keys of `write_shard`, without their prefix"""
+        self.num_rows: int = metadata.num_rows
+        self.group_rows: tuple[int, ...] = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        """rows of each row group"""
+        version = self.footer.get("format_version", "none")
         if version != str(FORMAT_VERSION):
             raise LakeFormatError(
                 f"{where}: format version {version}, this release reads {FORMAT_VERSION}; use the release that wrote it"
             )
-        return file.read(columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise LakeCorruptError(f"{where}: not a readable shard: {error}; run `logitlake verify`") from error
+
+    def read(self, columns: Sequence[str] | None = None, group: int | None = None) -> pa.Table:
+        """All rows, or those of one row group, on the calling thread. Raises `LakeCorruptError`."""
+        wanted = None if columns is None else list(columns)
+        try:
+            if group is None:
+                return self._file.read(columns=wanted, use_threads=False)
+            return self._file.read_row_group(group, columns=wanted, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise self._corrupt(error) from error
+
+    def index(self) -> pa.Table:
+        """What a shard of samples or pairs holds, one row a row of it, from a read of its smallest columns.
+
+        Columns: `id`, `task`, `source`, `split` (strings), `num_tokens` (int32, response tokens; chosen and rejected
+        together for a pair), `group` (int32, the row group), `row` (int32, the place in the shard).
+        """
+        if self.footer["kind"] == "pairs":
+            table = self.read(["pair_id", "task", "source", "split", "chosen_ids", "rejected_ids"])
+            num_tokens = _lengths(table, "chosen_ids") + _lengths(table, "rejected_ids")
+        else:
+            table = self.read(["sample_id", "task", "source", "split", "response_lengths"])
+            num_tokens = _sums(table, "response_lengths")
+        return pa.table(
+            {
+                "id": table.column(0),
+                **{name: table.column(name) for name in ("task", "source", "split")},
+                "num_tokens": num_tokens.astype(np.int32),
+                "group": np.repeat(np.arange(len(self.group_rows), dtype=np.int32), self.group_rows),
+                "row": np.arange(table.num_rows, dtype=np.int32),
+            }
+        )
+
+    def close(self) -> None:
+        """Closes the source."""
+        self._file.close(force=True)
+
+    def _corrupt(self, error: Exception) -> LakeCorruptError:
+        return LakeCorruptError(f"{self._where}: not a readable shard: {error}; run `logitlake verify`")
+
+
+def _footer(metadata: Any) -> dict[str, str]:
+    pairs = {key.decode(): value.decode() for key, value in (metadata.metadata or {}).items()}
+    return {key.removeprefix(FOOTER_PREFIX): value for key, value in pairs.items() if key.startswith(FOOTER_PREFIX)}
+
+
+def _path(column: Column) -> str:
+    """The column's leaf as Parquet names it."""
+    return f"{column.name}.list.element" if pa.types.is_list(column.type) else column.name
+
+
+def _encoding(column: Column, exact: bool) -> str:
+    # Off the grid there are as many values as entries, and nothing for a dictionary to hold.
+    return "split" if exact and column.name == "topk_logprobs" else column.encoding
+
+
+def _group_rows(table: pa.Table, kind: ShardKind) -> list[int]:
+    """How many rows each row group takes."""
+    stops = np.cumsum(_weights(table, kind))
+    budget = _GROUP_IMAGE_BYTES if kind == "images" else _GROUP_TOKENS
+    groups: list[int] = []
+    start = 0
+    while start < len(stops):
+        before = int(stops[start - 1]) if start else 0
+        stop = int(np.searchsorted(stops, before + budget, side="right"))
+        stop = min(max(stop, start + 1), start + _GROUP_ROWS)
+        groups.append(stop - start)
+        start = stop
+    return groups
+
+
+def _weights(table: pa.Table, kind: ShardKind) -> npt.NDArray[np.int64]:
+    if kind == "images":
+        return np.asarray(pc.binary_length(table.column("data")).to_numpy(), np.int64)
+    return np.asarray(np.sum([_lengths(table, name) for name in _TOKEN_LISTS[kind]], axis=0), np.int64)
+
+
+def _lengths(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
+    """The length of each row's list."""
+    return np.asarray(pc.list_value_length(table.column(name)).to_numpy(), np.int64)
+
+
+def _sums(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
+    """The sum of each row's list."""
+    stops = np.cumsum(_lengths(table, name))
+    totals = np.concatenate([[0], np.cumsum(pc.list_flatten(table.column(name)).to_numpy(), dtype=np.int64)])
+    return np.diff(totals[stops], prepend=0)

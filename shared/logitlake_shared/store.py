@@ -1,25 +1,48 @@
 """Objects in a folder, in memory or in an object store, behind one small interface.
 
-Everything a lake writes goes through `put_new`: create an object under a name that nobody used, or learn that it is
-taken. obstore gives that on a local disk, S3, GCS and Azure alike, so that one code path commits everywhere and a
-thousand writers need no lock. On a local disk the file and its folder are synced before `put_new` returns, so that
-what is written next (a commit record, say) never outlives what it names.
+Everything a lake commits goes through `put_new`: create an object under a name that nobody used, or learn that it is
+taken. obstore gives that on S3, GCS and Azure, `logitlake_shared.durable` on a local disk (obstore's own writes there
+are not synced before they are seen), so that one protocol commits everywhere and a thousand writers need no lock.
+When `put_new` returns, the object is durable: what is written next (a commit record, say) never outlives what it
+names.
+
+`overwrite` and `delete` are for repair and collection alone: the first only ever writes the bytes that a content name
+stands for, the second only removes what no record names.
 """
 
-import os
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import obstore
+import pyarrow as pa
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import AzureStore, GCSStore, HTTPStore, LocalStore, MemoryStore, S3Store, from_url
 
+from logitlake_shared.durable import create_file, replace_file
 from logitlake_shared.errors import LakeError
 
-__all__ = ["ObjectStore", "memory_store", "open_store"]
+__all__ = ["ObjectStore", "StoredObject", "memory_store", "open_store"]
 
 Backend = AzureStore | GCSStore | HTTPStore | LocalStore | MemoryStore | S3Store
+
+# One range request of a remote read: footers and single columns come in one or two of them.
+_RANGE_BYTES = 256 * 1024
+# How a local file is named while it is written; obstore does the same and never lists one.
+_STAGED = re.compile(r"#\d+$")
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object as a listing shows it."""
+
+    name: str
+    bytes: int
+    modified: datetime
+    """when it was written, by the store's own clock"""
 
 
 class ObjectStore:
@@ -34,14 +57,36 @@ class ObjectStore:
     def put_new(self, name: str, data: bytes) -> bool:
         """Creates the object durably and returns True; returns False, changing nothing, when the name is taken."""
         try:
-            obstore.put(self._backend, name, data, mode="create")
+            if self.root is not None:
+                return create_file(self.root / name, data)
+            obstore.put(self._backend, name, data, mode="create", use_multipart=False)
         except AlreadyExistsError:
             return False
         except Exception as error:  # obstore raises one class per backend fault
             raise LakeError(f"{self.uri}: writing {name} failed: {error}") from error
-        if self.root is not None:
-            _sync(self.root / name)
         return True
+
+    def overwrite(self, name: str, data: bytes) -> None:
+        """Creates or replaces the object durably and atomically: a reader sees the old bytes or the new ones."""
+        try:
+            if self.root is not None:
+                replace_file(self.root / name, data)
+            else:
+                obstore.put(self._backend, name, data, mode="overwrite", use_multipart=False)
+        except Exception as error:
+            raise LakeError(f"{self.uri}: writing {name} failed: {error}") from error
+
+    def delete(self, name: str) -> None:
+        """Removes the object; fine when there is none."""
+        try:
+            if self.root is not None:
+                (self.root / name).unlink(missing_ok=True)
+            else:
+                obstore.delete(self._backend, name)
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise LakeError(f"{self.uri}: deleting {name} failed: {error}") from error
 
     def get(self, name: str) -> bytes | None:
         """The object's bytes, or None when there is no such object."""
@@ -52,9 +97,52 @@ class ObjectStore:
         except Exception as error:
             raise LakeError(f"{self.uri}: reading {name} failed: {error}") from error
 
+    def open(self, name: str) -> BinaryIO | None:
+        """The object as a seekable file that reads what is asked of it, or None when there is no such object.
+
+        A local file is read by position, not mapped: a file that is cut short under a reader is then an error and not
+        the end of the process.
+        """
+        try:
+            if self.root is not None:
+                return cast(BinaryIO, pa.OSFile(str(self.root / name), "rb"))
+            return cast(BinaryIO, obstore.open_reader(self._backend, name, buffer_size=_RANGE_BYTES))
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise LakeError(f"{self.uri}: opening {name} failed: {error}") from error
+
+    def size(self, name: str) -> int | None:
+        """The object's length in bytes, or None when there is no such object."""
+        try:
+            return int(obstore.head(self._backend, name)["size"])
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise LakeError(f"{self.uri}: reading {name} failed: {error}") from error
+
     def names(self, prefix: str) -> list[str]:
         """The names of all objects below the folder `prefix`, sorted."""
-        return sorted(self._names(prefix))
+        return [entry.name for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str) -> list[StoredObject]:
+        """All objects below the folder `prefix`, sorted by name."""
+        return sorted(self._entries(prefix), key=lambda entry: entry.name)
+
+    def leftovers(self, prefix: str) -> list[StoredObject]:
+        """What writers that were stopped left below the folder `prefix`: no listing shows it as an object.
+
+        On a local disk that is `<name>#<n>` (see `logitlake_shared.durable`); an object store keeps no such thing.
+        """
+        if self.root is None:
+            return []
+        found = []
+        for path in sorted((self.root / prefix).rglob("*#*")):
+            if _STAGED.search(path.name) and path.is_file():
+                status = path.stat()
+                modified = datetime.fromtimestamp(status.st_mtime, UTC)
+                found.append(StoredObject(str(path.relative_to(self.root)), status.st_size, modified))
+        return found
 
     def arrow_filesystem(self) -> tuple[Any, str]:
         """What pyarrow needs to read this store's objects itself: a filesystem, and the prefix of every name."""
@@ -66,10 +154,10 @@ class ObjectStore:
         scheme, _, rest = self.uri.partition("://")
         return PyFileSystem(FSSpecHandler(FsspecStore(cast(Any, scheme)))), f"{rest.rstrip('/')}/"
 
-    def _names(self, prefix: str) -> Iterator[str]:
+    def _entries(self, prefix: str) -> Iterator[StoredObject]:
         try:
             for page in obstore.list(self._backend, prefix=prefix):
-                yield from (entry["path"] for entry in page)
+                yield from (StoredObject(entry["path"], entry["size"], entry["last_modified"]) for entry in page)
         except Exception as error:
             raise LakeError(f"{self.uri}: listing {prefix} failed: {error}") from error
 
@@ -96,12 +184,3 @@ def open_store(uri: str | Path) -> ObjectStore:
 def memory_store() -> ObjectStore:
     """An empty store that lives as long as the object; for tests and trials."""
     return ObjectStore("memory://", MemoryStore(), None)
-
-
-def _sync(path: Path) -> None:
-    for target in (path, path.parent):
-        handle = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -10,8 +10,11 @@ for improbable tokens: probable tokens are held to a thousandth of a nat, improb
 is spread evenly. What it costs is measured on every unit, not assumed (`stored_error`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cache
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +22,18 @@ import numpy.typing as npt
 from logitlake_schemas import CodecPolicy, StoredError
 from logitlake_shared.errors import EngineError
 
-__all__ = ["StoredRows", "TeacherRows", "check_rows", "decode", "encode", "stored_error"]
+__all__ = [
+    "StoredRows",
+    "TeacherRows",
+    "check_rows",
+    "concatenate",
+    "decode",
+    "encode",
+    "nearest_level",
+    "split",
+    "stored_error",
+    "stored_kl",
+]
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
@@ -27,6 +41,8 @@ Int32 = npt.NDArray[np.int32]
 GRID_LEVELS = 256
 GRID_STEP = 0.0105  # step at p = 1, in nats: 256 levels then reach below GRID_FLOOR
 GRID_MAX_STEP = 0.35
+# A float32 has 23 mantissa bits; ten of them name a grid level, and are what is kept of a token's own figures.
+_DROPPED_BITS = 13
 # Total probability may exceed 1 by the rounding of k float32 exponentials and of a bf16 engine's logprobs.
 MASS_TOLERANCE = 1e-3
 
@@ -89,89 +105,146 @@ def check_rows(rows: TeacherRows, vocab_size: int) -> None:
 
 
 def encode(rows: TeacherRows, policy: CodecPolicy) -> StoredRows:
-    """Keeps what the policy keeps; the mass of dropped entries joins the tail. Entropy is that of the captured rows."""
-    logprobs_TK = rows.topk_logprobs_TK
-    num_tokens, k_captured = logprobs_TK.shape
-    p_TK = np.exp(logprobs_TK.astype(np.float64))
+    """Keeps what the policy keeps; the mass of dropped entries joins the tail. Entropy is that of the captured rows.
+
+    Give it all rows of a unit at once (`concatenate`, then `split`): it is made for a hundred thousand of them.
+    """
+    logprobs_TK = rows.topk_logprobs_TK.astype(np.float32, copy=False)
+    p_TK = np.exp(logprobs_TK)
+    tail_T = np.exp(rows.log_tail_mass_T.astype(np.float64))
+    entropy_T = -np.einsum("tk,tk->t", p_TK, logprobs_TK, dtype=np.float64) - _xlogx(tail_T)
     keep_TK = p_TK >= policy.p_min
     keep_TK[:, : policy.k_min] = True
     # Rank order makes the kept entries a prefix of each row.
     k_T = keep_TK.sum(1)
-    tail_T = np.exp(rows.log_tail_mass_T.astype(np.float64))
-    entropy_T = -(p_TK * logprobs_TK).sum(1) - _xlogx(tail_T)
-    stored_tail_T = tail_T + np.where(keep_TK, 0.0, p_TK).sum(1)
-    unchanged_T = k_T == k_captured  # keeps the engine's own log tail mass bit for bit
+    log_tail_T = rows.log_tail_mass_T.astype(np.float32)
+    changed_T = k_T < logprobs_TK.shape[1]  # the others keep the engine's own log tail mass bit for bit
+    dropped_T = np.where(keep_TK[changed_T], 0, p_TK[changed_T]).sum(1, dtype=np.float64)
     with np.errstate(divide="ignore"):
-        log_tail_T = np.where(unchanged_T, rows.log_tail_mass_T, np.log(stored_tail_T))
+        log_tail_T[changed_T] = np.log(tail_T[changed_T] + dropped_T)
     kept = logprobs_TK[keep_TK]
+    snaps = policy.grid == "companded256"
     return StoredRows(
         k_T=k_T.astype(np.uint16),
-        topk_ids=rows.topk_ids_TK[keep_TK].astype(np.int32),
-        topk_logprobs=_snap(kept) if policy.grid == "companded256" else kept.astype(np.float32),
-        label_logprob_T=rows.label_logprob_T.astype(np.float32),
+        topk_ids=rows.topk_ids_TK[keep_TK].astype(np.int32, copy=False),
+        topk_logprobs=_snap(kept) if snaps else kept,
+        label_logprob_T=_scalar(rows.label_logprob_T, snaps),
         label_rank_T=rows.label_rank_T.astype(np.int32),
-        log_tail_mass_T=log_tail_T.astype(np.float32),
-        entropy_T=np.maximum(entropy_T, 0).astype(np.float32).reshape(num_tokens),
+        log_tail_mass_T=_scalar(log_tail_T, snaps),
+        entropy_T=_scalar(np.maximum(entropy_T, 0), snaps),
     )
 
 
-def decode(rows: StoredRows) -> tuple[Int32, Float32, Float32]:
+def concatenate(parts: Sequence[TeacherRows]) -> TeacherRows:
+    """The rows of several samples as one, in order. All have the same K."""
+    return TeacherRows(
+        **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(TeacherRows)}
+    )
+
+
+def split(rows: StoredRows, lengths: Sequence[int]) -> list[StoredRows]:
+    """The rows of each sample, `lengths` tokens each: views, no copies."""
+    stops_T = np.concatenate([[0], np.cumsum(rows.k_T, dtype=np.int64)])
+    tokens = np.cumsum([0, *lengths])
+    entries = stops_T[tokens]
+    return [
+        StoredRows(
+            k_T=rows.k_T[start:stop],
+            topk_ids=rows.topk_ids[first:last],
+            topk_logprobs=rows.topk_logprobs[first:last],
+            label_logprob_T=rows.label_logprob_T[start:stop],
+            label_rank_T=rows.label_rank_T[start:stop],
+            log_tail_mass_T=rows.log_tail_mass_T[start:stop],
+            entropy_T=rows.entropy_T[start:stop],
+        )
+        for (start, stop), (first, last) in zip(pairwise(tokens), pairwise(entries), strict=True)
+    ]
+
+
+def decode(rows: StoredRows | Sequence[StoredRows]) -> tuple[Int32, Float32, Float32]:
     """The distribution that a loss may use: `topk_ids_TK`, `topk_logprobs_TK`, `log_tail_mass_T`.
 
-    K is the largest k of the rows; shorter rows are padded with id 0 at logprob -inf. The grid leaves head + tail a
-    hair off 1; both are divided by their sum, so that a student equal to the stored teacher has loss and gradient 0.
+    Of one sample, or of several at once, one after the other. K is the largest k of the rows; shorter rows are padded
+    with id 0 at logprob -inf. The grid leaves head + tail a hair off 1; both are divided by their sum, so that a
+    student equal to the stored teacher has loss and gradient 0. The arrays are new and may be written to.
     """
-    k_T = rows.k_T.astype(np.int64)
+    parts = [rows] if isinstance(rows, StoredRows) else rows
+    k_T = np.concatenate([part.k_T for part in parts])
+    ids = np.concatenate([part.topk_ids for part in parts])
+    logprobs = np.concatenate([part.topk_logprobs for part in parts])
+    log_tail_T = np.concatenate([part.log_tail_mass_T for part in parts])
     num_tokens, k = len(k_T), int(k_T.max(initial=0))
-    kept_TK = np.arange(k) < k_T[:, None]
-    ids_TK = np.zeros((num_tokens, k), np.int32)
-    logprobs_TK = np.full((num_tokens, k), -np.inf, np.float64)
-    ids_TK[kept_TK] = rows.topk_ids
-    logprobs_TK[kept_TK] = rows.topk_logprobs
-    log_tail_T = rows.log_tail_mass_T.astype(np.float64)
-    log_sum_T = np.log(np.exp(logprobs_TK).sum(1) + np.exp(log_tail_T))
-    return (
-        ids_TK,
-        (logprobs_TK - log_sum_T[:, None]).astype(np.float32),
-        (log_tail_T - log_sum_T).astype(np.float32),
-    )
+    if len(ids) == num_tokens * k:
+        ids_TK, logprobs_TK = ids.reshape(num_tokens, k), logprobs.reshape(num_tokens, k)
+    else:
+        kept_TK = np.arange(k, dtype=k_T.dtype) < k_T[:, None]
+        ids_TK = np.zeros((num_tokens, k), np.int32)
+        logprobs_TK = np.full((num_tokens, k), -np.inf, np.float32)
+        ids_TK[kept_TK] = ids
+        logprobs_TK[kept_TK] = logprobs
+    # Exponentials in float32, their sum in float64: the shift is exact to the exponentials' own rounding, 2e-7.
+    tail_T = np.exp(log_tail_T, dtype=np.float64)
+    log_sum_T = np.log(np.exp(logprobs_TK).sum(1, dtype=np.float64) + tail_T)
+    logprobs_TK -= log_sum_T[:, None].astype(np.float32)
+    return ids_TK, logprobs_TK, (log_tail_T - log_sum_T).astype(np.float32)
 
 
 def stored_kl(rows: TeacherRows, stored: StoredRows) -> npt.NDArray[np.float64]:
     """`kl_T`: KL(captured‖stored) of each token in nats, over the stored entries and the tail as one class.
 
     Merging dropped entries into the tail is not counted here: on those K+1 classes it is exact. What is counted is
-    the grid. The mass that the stored entries cover is reported beside it.
+    the rounding of logprobs and tail. The mass that the stored entries cover is reported beside it.
+
+    With p the captured classes, s the stored ones and Z their sum (`decode` divides by it), the KL is
+    sum p log(p/s) + log Z - log sum p. The last two nearly cancel and are taken together by log1p.
     """
-    _, logprobs_TK, log_tail_T = decode(stored)
-    k = logprobs_TK.shape[1]
-    exact_TK = np.where(np.isfinite(logprobs_TK), rows.topk_logprobs_TK[:, :k], -np.inf).astype(np.float64)
-    p_TK = np.exp(exact_TK)
-    tail_T = np.exp(stored.log_tail_mass_T.astype(np.float64))
-    total_T = p_TK.sum(1) + tail_T
-    with np.errstate(invalid="ignore"):
-        head_T = np.where(p_TK > 0, p_TK * (exact_TK - logprobs_TK), 0.0).sum(1)
-        rest_T = np.where(tail_T > 0, tail_T * (stored.log_tail_mass_T.astype(np.float64) - log_tail_T), 0.0)
-    kl_T: npt.NDArray[np.float64] = np.maximum((head_T + rest_T) / total_T - np.log(total_T), 0.0)
+    k_T = stored.k_T.astype(np.int64)
+    starts_T = np.cumsum(k_T) - k_T
+    kept_TK = np.arange(rows.topk_logprobs_TK.shape[1]) < k_T[:, None]
+    exact = rows.topk_logprobs_TK[kept_TK]
+    p, moved = np.exp(exact), stored.topk_logprobs - exact
+    tail_T = np.exp(rows.log_tail_mass_T.astype(np.float64))
+    tail_T += np.where(kept_TK, 0, np.exp(rows.topk_logprobs_TK)).sum(1, dtype=np.float64)
+    stored_tail_T = np.exp(stored.log_tail_mass_T.astype(np.float64))
+    total_T = _sums(p, starts_T) + tail_T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tail_kl_T = np.where(tail_T > 0, tail_T * np.log(tail_T / stored_tail_T), 0.0)
+    head_kl_T = -_sums(p * moved, starts_T)
+    growth_T = _sums(np.exp(stored.topk_logprobs) - p, starts_T) + stored_tail_T - tail_T
+    kl_T: npt.NDArray[np.float64] = np.maximum((head_kl_T + tail_kl_T) / total_T + np.log1p(growth_T / total_T), 0.0)
     return kl_T
 
 
-def stored_error(pairs: list[tuple[TeacherRows, StoredRows]]) -> StoredError:
+def stored_error(rows: TeacherRows, stored: StoredRows) -> StoredError:
     """What storing cost over all tokens of a unit."""
-    kl = np.concatenate([stored_kl(rows, stored) for rows, stored in pairs])
-    k = np.concatenate([stored.k_T for _, stored in pairs])
-    tail = np.concatenate([np.exp(stored.log_tail_mass_T.astype(np.float64)) for _, stored in pairs])
+    kl_T = stored_kl(rows, stored)
     return StoredError(
-        kl_mean=float(kl.mean()),
-        kl_max=float(kl.max()),
-        mean_stored_mass=float(1 - tail.mean()),
-        mean_k=float(k.mean()),
+        kl_mean=float(kl_T.mean()),
+        kl_max=float(kl_T.max()),
+        mean_stored_mass=float(1 - np.exp(stored.log_tail_mass_T.astype(np.float64)).mean()),
+        mean_k=float(stored.k_T.mean()),
     )
+
+
+def _sums(values: Float32, starts_T: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """The sum of each token's entries; every token has at least one."""
+    sums_T: npt.NDArray[np.float64] = np.add.reduceat(values, starts_T, dtype=np.float64)
+    return sums_T
 
 
 def _xlogx(p: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     result: npt.NDArray[np.float64] = p * np.log(np.where(p > 0, p, 1.0))
     return result
+
+
+def _scalar(values: npt.NDArray[np.floating[Any]], rounded: bool) -> Float32:
+    """A token's own figure: as it is, or to the ten mantissa bits of a float16, which halves its bytes."""
+    exact = np.ascontiguousarray(values, np.float32)
+    if not rounded:
+        return exact
+    half = np.uint32(1 << (_DROPPED_BITS - 1))
+    mask = np.uint32(0xFFFFFFFF << _DROPPED_BITS & 0xFFFFFFFF)
+    return np.where(np.isfinite(exact), ((exact.view(np.uint32) + half) & mask).view(np.float32), exact)  # keeps -inf
 
 
 @cache
@@ -184,7 +257,26 @@ def _grid() -> Float32:
     return np.array(levels[::-1], np.float32)
 
 
-def _snap(logprobs: Float32) -> Float32:
+def nearest_level(logprobs: Float32) -> Float32:
     """The nearest level of each logprob; what lies below the lowest level is held at it."""
     grid = _grid()
     return grid[np.searchsorted((grid[1:] + grid[:-1]) / 2, logprobs)]
+
+
+@cache
+def _snap_table() -> Float32:
+    """The nearest level of every float that is at most 0, by its leading bits."""
+    leading = np.arange(1 << (31 - _DROPPED_BITS), dtype=np.uint32)
+    # The middle of the floats that share these bits. The sign is left out: every logprob has the same.
+    magnitudes = ((leading << _DROPPED_BITS) | (1 << (_DROPPED_BITS - 1))).view(np.float32)
+    return nearest_level(-np.where(np.isfinite(magnitudes), magnitudes, np.float32(np.inf)))
+
+
+def _snap(logprobs: Float32) -> Float32:
+    """`nearest_level` by table, several times faster.
+
+    Ten mantissa bits find the level: a logprob within 0.05 % of the middle between two levels may go to either.
+    """
+    bits = np.ascontiguousarray(logprobs).view(np.uint32) & np.uint32(0x7FFFFFFF)
+    nearest: Float32 = _snap_table()[bits >> _DROPPED_BITS]
+    return nearest

@@ -8,6 +8,8 @@ A lake is a folder or an object-store prefix:
     caches/<cache>/images/<unit>-<sha256/16>.parquet   encoded image bytes, one row an image
     caches/<cache>/commits/<unit>.json                 one commit record a unit, created once
     caches/<cache>/snapshots/<00000001>.json           what readers pin, created once
+    caches/<cache>/quarantine/<unit>-<0001>.json       a commit record that was taken back, and why
+    catalog/catalog-<00000001>.duckdb                  an index of all snapshots, made from them, created once
 
 The commit records are the truth: a shard exists for readers when the record of its unit names it. This package
 is light on purpose (no torch, ray or duckdb): a tool that only wants to read a lake needs nothing more.
@@ -18,7 +20,7 @@ is light on purpose (no torch, ray or duckdb): a tool that only wants to read a 
     fingerprint  canonical JSON and its sha256
 """
 
-from logitlake_schemas.columns import IMAGE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, Column, arrow_schema
+from logitlake_schemas.columns import COLUMNS, IMAGE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, Column, arrow_schema
 from logitlake_schemas.fingerprint import canonical_json, fingerprint, sha256_hex
 from logitlake_schemas.records import (
     FORMAT_VERSION,
@@ -29,6 +31,7 @@ from logitlake_schemas.records import (
     DatasetIdentity,
     EngineIdentity,
     LakeManifest,
+    QuarantineRecord,
     ShardEntry,
     ShardKind,
     Snapshot,
@@ -38,6 +41,7 @@ from logitlake_schemas.records import (
 )
 
 __all__ = [
+    "COLUMNS",
     "FORMAT_VERSION",
     "IMAGE_COLUMNS",
     "PAIR_COLUMNS",
@@ -50,6 +54,7 @@ __all__ = [
     "DatasetIdentity",
     "EngineIdentity",
     "LakeManifest",
+    "QuarantineRecord",
     "ShardEntry",
     "ShardKind",
     "Snapshot",

@@ -1,7 +1,8 @@
 """Every column that a lake persists, declared once.
 
-From this declaration come the Arrow schema of the shards, the SQL views, the checks on what is read, and the table
-in `docs/format.md`; a golden test pins it. Adding a nullable column keeps the format version, anything else raises it.
+From this declaration come the Arrow schema of the shards, their encodings, the SQL views, the checks on what is read,
+and the table in `docs/format.md`; golden shards pin it. Adding a nullable column keeps the format version, anything
+else raises it.
 
 Grain says what one value stands for: the row, one response token, or one cached entry of a token's top-k. Lists of
 grain `token` have one element for each response token, in order; lists of grain `topk` are the tokens' entries one
@@ -14,9 +15,12 @@ from typing import Literal
 
 import pyarrow as pa
 
-__all__ = ["IMAGE_COLUMNS", "PAIR_COLUMNS", "SAMPLE_COLUMNS", "Column", "Grain", "arrow_schema"]
+from logitlake_schemas.records import ShardKind
+
+__all__ = ["COLUMNS", "IMAGE_COLUMNS", "PAIR_COLUMNS", "SAMPLE_COLUMNS", "Column", "Encoding", "Grain", "arrow_schema"]
 
 Grain = Literal["row", "token", "topk"]
+Encoding = Literal["dictionary", "plain", "split"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,9 @@ class Column:
     grain: Grain
     doc: str
     nullable: bool = False
+    encoding: Encoding = "dictionary"
+    """Parquet's encoding under zstd. `dictionary` for ids, small integers and names; `split` (BYTE_STREAM_SPLIT) for
+    floats that hardly repeat; `plain` for bytes that are compressed already or never repeat."""
 
 
 def _list(element: pa.DataType) -> pa.DataType:
@@ -39,11 +46,17 @@ _ORIGIN = (
     Column("task", pa.string(), "row", "task name given by the data source, e.g. `caption`"),
     Column("source", pa.string(), "row", "name of the data source"),
     Column("split", pa.string(), "row", "`train`, `test`, … as the data source names it"),
-    Column("messages", pa.string(), "row", "the conversation as given: JSON list of {role, content}"),
+    Column(
+        "messages",
+        pa.string(),
+        "row",
+        "the conversation as given: JSON list of {role, content}",
+        encoding="plain",
+    ),
 )
 
 SAMPLE_COLUMNS: tuple[Column, ...] = (
-    Column("sample_id", pa.string(), "row", "unique in the cache"),
+    Column("sample_id", pa.string(), "row", "unique in the cache", encoding="plain"),
     *_ORIGIN,
     Column(
         "prompt_ids",
@@ -69,19 +82,27 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
         "topk",
         "natural logprobs at T=1, normalised over the vocabulary",
     ),
-    Column("label_logprob", _list(pa.float32()), "token", "teacher logprob of the response token"),
+    Column(
+        "label_logprob",
+        _list(pa.float32()),
+        "token",
+        "teacher logprob of the response token",
+        encoding="split",
+    ),
     Column("label_rank", _list(pa.int32()), "token", "rank of the response token, 1 = the teacher's first choice"),
     Column(
         "log_tail_mass",
         _list(pa.float32()),
         "token",
         "log of the probability outside the cached entries; -inf for none",
+        encoding="split",
     ),
     Column(
         "entropy",
         _list(pa.float32()),
         "token",
         "entropy in nats of the captured entries and the tail as one class",
+        encoding="split",
     ),
     Column(
         "finish_reason",
@@ -92,16 +113,28 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
 )
 
 PAIR_COLUMNS: tuple[Column, ...] = (
-    Column("pair_id", pa.string(), "row", "unique in the cache"),
+    Column("pair_id", pa.string(), "row", "unique in the cache", encoding="plain"),
     *_ORIGIN,
     Column("prompt_ids", _list(pa.int32()), "row", "token ids of the prompt, one `<image>` placeholder an image"),
     Column("image_sha256", _list(pa.string()), "row", "sha256 of each image's encoded bytes, in order"),
     Column("chosen_ids", _list(pa.int32()), "row", "token ids of the preferred response, EOS included"),
     Column("rejected_ids", _list(pa.int32()), "row", "token ids of the other response, EOS included"),
-    Column("chosen_logprobs", _list(pa.float32()), "row", "teacher logprob of each chosen token"),
-    Column("rejected_logprobs", _list(pa.float32()), "row", "teacher logprob of each rejected token"),
-    Column("chosen_score", pa.float32(), "row", "sum of `chosen_logprobs`"),
-    Column("rejected_score", pa.float32(), "row", "sum of `rejected_logprobs`"),
+    Column(
+        "chosen_logprobs",
+        _list(pa.float32()),
+        "row",
+        "teacher logprob of each chosen token",
+        encoding="split",
+    ),
+    Column(
+        "rejected_logprobs",
+        _list(pa.float32()),
+        "row",
+        "teacher logprob of each rejected token",
+        encoding="split",
+    ),
+    Column("chosen_score", pa.float32(), "row", "sum of `chosen_logprobs`", encoding="split"),
+    Column("rejected_score", pa.float32(), "row", "sum of `rejected_logprobs`", encoding="split"),
     Column("made_by", pa.string(), "row", "how the pair came to be, e.g. `dataset`"),
 )
 
@@ -110,8 +143,15 @@ IMAGE_COLUMNS: tuple[Column, ...] = (
     Column("format", pa.string(), "row", "`PNG`, `JPEG`, …"),
     Column("width", pa.int32(), "row", "pixels"),
     Column("height", pa.int32(), "row", "pixels"),
-    Column("data", pa.binary(), "row", "the encoded image, byte for byte as it was read"),
+    Column("data", pa.binary(), "row", "the encoded image, byte for byte as it was read", encoding="plain"),
 )
+
+COLUMNS: dict[ShardKind, tuple[Column, ...]] = {
+    "samples": SAMPLE_COLUMNS,
+    "pairs": PAIR_COLUMNS,
+    "images": IMAGE_COLUMNS,
+}
+"""The columns of each kind of shard."""
 
 
 def arrow_schema(columns: Sequence[Column]) -> pa.Schema:

@@ -5,14 +5,24 @@ import re
 __all__ = [
     "LAKE_MANIFEST",
     "cache_names_prefix",
+    "cache_of",
     "cache_prefix",
+    "catalog_number",
+    "catalog_path",
+    "catalog_prefix",
+    "commit_path",
+    "commits_prefix",
     "image_shard_path",
+    "quarantine_path",
+    "quarantine_prefix",
     "shard_path",
+    "shard_prefixes",
     "snapshot_number",
     "snapshot_path",
     "snapshots_prefix",
     "spec_path",
     "unit_of_commit",
+    "unit_of_shard",
     "valid_name",
 ]
 
@@ -66,6 +76,47 @@ def commit_path(cache: str, unit: str) -> str:
 def unit_of_commit(path: str) -> str:
     """The unit whose commit record is at `path`; the inverse of `commit_path`."""
     return path.rsplit("/", 1)[-1].removesuffix(".json")
+
+
+def catalog_prefix() -> str:
+    """The folder of the lake's published catalogs."""
+    return "catalog"
+
+
+def catalog_path(number: int) -> str:
+    """Catalog `number` (from 1) of the lake."""
+    return f"{catalog_prefix()}/catalog-{number:08d}.duckdb"
+
+
+def catalog_number(path: str) -> int:
+    """The number of the catalog at `path`; the inverse of `catalog_path`."""
+    return int(path.rsplit("-", 1)[-1].removesuffix(".duckdb"))
+
+
+def cache_of(path: str) -> str | None:
+    """The cache to which the object at `path` belongs; None for what belongs to the whole lake."""
+    parts = path.split("/")
+    return parts[1] if parts[0] == cache_names_prefix() and len(parts) > 2 else None
+
+
+def shard_prefixes(cache: str) -> tuple[str, str]:
+    """The folders of a cache's shards: rows, and images."""
+    return f"{cache_prefix(cache)}/shards", f"{cache_prefix(cache)}/images"
+
+
+def unit_of_shard(path: str) -> str:
+    """The unit that wrote the shard at `path`; the inverse of `shard_path` and `image_shard_path`."""
+    return path.rsplit("/", 1)[-1].rsplit("-", 1)[0]
+
+
+def quarantine_prefix(cache: str) -> str:
+    """The folder of a cache's quarantine records."""
+    return f"{cache_prefix(cache)}/quarantine"
+
+
+def quarantine_path(cache: str, unit: str, number: int) -> str:
+    """The record that a unit was found damaged and returned to the plan for the `number`th time (from 1)."""
+    return f"{quarantine_prefix(cache)}/{unit}-{number:04d}.json"
 
 
 def snapshots_prefix(cache: str) -> str:

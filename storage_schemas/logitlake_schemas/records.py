@@ -19,6 +19,7 @@ __all__ = [
     "DatasetIdentity",
     "EngineIdentity",
     "LakeManifest",
+    "QuarantineRecord",
     "Record",
     "ShardEntry",
     "ShardKind",
@@ -181,6 +182,21 @@ class CommitRecord(Record):
     errors: tuple[UnitError, ...]
     stored_error: StoredError | None
     """none where the unit stores no top-k"""
+
+
+class QuarantineRecord(Record):
+    """`quarantine/<unit>-<n>.json`: a committed unit was damaged; its commit record was taken back.
+
+    Written before the commit record is removed, so that the unit's history is never lost.
+    """
+
+    format_version: int = FORMAT_VERSION
+    cache: str
+    unit: str
+    reasons: tuple[str, ...]
+    """what was found, for people"""
+    commit: str
+    """the text of the commit record that was removed, as it was found"""
 
 
 class Snapshot(Record):

@@ -4,13 +4,13 @@ A unit commits itself where it was computed, and only as a whole; running it aga
 What the teacher cannot score becomes an error row of the unit's commit record, with a code, never a gap.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from logitlake_schemas import CommitRecord, UnitError
+from logitlake_schemas import CodecPolicy, CommitRecord, StoredError, UnitError
 from logitlake_shared.lake import Cache, UnitResult
 from logitlake_shared.rows import LakeSample
-from logitlake_shared.topk import StoredRows, TeacherRows, encode, stored_error
-from logitlake_teacher.engines.base import Engine
+from logitlake_shared.topk import StoredRows, concatenate, encode, split, stored_error
+from logitlake_teacher.engines.base import Engine, ScoredSample
 from logitlake_teacher.planner import PlannedSample, Unit
 from logitlake_teacher.unit_work import (
     accept,
@@ -39,25 +39,38 @@ def capture_unit(engine: Engine, unit: Unit, cache: Cache, crashed: Mapping[str,
     errors |= crash_errors(unit, crashed)
     todo = [item for item in unit.items if isinstance(item, PlannedSample) and item.item_id not in errors]
     answers = engine.score([request for item in todo for request in requests_of(item, images)])
-    kept: list[tuple[TeacherRows, StoredRows]] = []
-    samples: list[LakeSample] = []
+    accepted: list[tuple[PlannedSample, ScoredSample]] = []
     for item, answer in zip(todo, answers, strict=True):
-        accepted = accept(item, answer, len(item.response_ids), cache.spec.tokenizer.vocab_size)
-        if isinstance(accepted, UnitError):
-            errors[item.item_id] = accepted
-            continue
-        stored = encode(accepted.rows, cache.spec.codec)
-        kept.append((accepted.rows, stored))
-        samples.append(_lake_sample(item, stored, accepted.expanded_length))
+        checked = accept(item, answer, len(item.response_ids), cache.spec.tokenizer.vocab_size)
+        if isinstance(checked, UnitError):
+            errors[item.item_id] = checked
+        else:
+            accepted.append((item, checked))
+    samples, error = _encoded(accepted, cache.spec.codec)
     return cache.publish_unit(
         UnitResult(
             unit=unit.unit_id,
             samples=samples,
             images=images_of((sample.image_sha256 for sample in samples), images),
             errors=in_order(unit, errors),
-            stored_error=stored_error(kept) if kept else None,
+            stored_error=error,
         )
     )
+
+
+def _encoded(
+    accepted: Sequence[tuple[PlannedSample, ScoredSample]], codec: CodecPolicy
+) -> tuple[list[LakeSample], StoredError | None]:
+    """The samples as they are stored, and what storing them cost; encoded all at once, which is many times faster."""
+    if not accepted:
+        return [], None
+    rows = concatenate([answer.rows for _, answer in accepted])
+    stored = encode(rows, codec)
+    parts = split(stored, [len(item.response_ids) for item, _ in accepted])
+    samples = [
+        _lake_sample(item, part, answer.expanded_length) for (item, answer), part in zip(accepted, parts, strict=True)
+    ]
+    return samples, stored_error(rows, stored)
 
 
 def _lake_sample(item: PlannedSample, stored: StoredRows, expanded_length: int) -> LakeSample:

@@ -9,13 +9,28 @@ from hypothesis import strategies as st
 
 from logitlake_schemas import CodecPolicy
 from logitlake_shared.errors import EngineError
-from logitlake_shared.topk import GRID_LEVELS, TeacherRows, _grid, check_rows, decode, encode, stored_error, stored_kl
+from logitlake_shared.topk import (
+    GRID_LEVELS,
+    TeacherRows,
+    _grid,
+    _snap,
+    check_rows,
+    concatenate,
+    decode,
+    encode,
+    nearest_level,
+    split,
+    stored_error,
+    stored_kl,
+)
 
 VOCAB_SIZE = 40
 # float32 exponentials of at most 40 entries, summed.
 SUM_TOLERANCE = 1e-5
 # decode() rounds each logprob to float32 once more (6e-8 relative), which enters the KL at first order.
 FLOAT32_KL = 1e-6
+# The table of levels is found by ten mantissa bits: half of the last one.
+TABLE_RESOLUTION = 2**-11
 # The default budget of a spec, in nats: what the writer would refuse.
 GRID_KL_BUDGET = 2e-4
 
@@ -42,7 +57,7 @@ def test_exact_profile_with_everything_kept_is_lossless(seed: int) -> None:
     assert (ids == rows.topk_ids_TK).all()
     np.testing.assert_allclose(logprobs, rows.topk_logprobs_TK, atol=SUM_TOLERANCE)
     np.testing.assert_allclose(log_tail, rows.log_tail_mass_T, atol=SUM_TOLERANCE)
-    assert stored_error([(rows, stored)]).kl_max < FLOAT32_KL
+    assert stored_error(rows, stored).kl_max < FLOAT32_KL
 
 
 @given(seed=st.integers(0, 2**32))
@@ -58,6 +73,39 @@ def test_grid_has_256_levels_and_one_byte_codes_suffice() -> None:
     """Parquet's dictionary holds one-byte codes only up to 256 values."""
     assert len(np.unique(_grid())) == GRID_LEVELS == 256
     assert _grid()[-1] == 0
+
+
+@given(logprob=st.floats(-40, 0, width=32))
+def test_the_table_of_levels_is_the_search_for_the_nearest(logprob: float) -> None:
+    """The fast twin finds the nearest level, or one that is as near but for the table's ten mantissa bits."""
+    exact = np.array([logprob], np.float32)
+    fast, slow = _snap(exact), nearest_level(exact)
+    assert abs(fast - exact)[0] <= abs(slow - exact)[0] + abs(exact[0]) * TABLE_RESOLUTION
+
+
+def test_a_unit_is_encoded_as_its_samples_are(teacher_rows: Rows) -> None:
+    """Encoding all rows at once and cutting them apart is encoding each sample."""
+    samples = [teacher_rows(n, 8, seed) for seed, n in enumerate((3, 1, 5))]
+    policy = CodecPolicy(k_max=8, k_min=2, p_min=0.02)
+    together = split(encode(concatenate(samples), policy), [3, 1, 5])
+    for one, part in zip(samples, together, strict=True):
+        for name, value in vars(encode(one, policy)).items():
+            np.testing.assert_array_equal(getattr(part, name), value, err_msg=name)
+
+
+@given(seed=st.integers(0, 2**32), p_min=st.sampled_from([0.0, 0.02]))
+def test_stored_kl_is_that_of_the_decoded_rows(seed: int, p_min: float) -> None:
+    """The cancelled form equals sum p log(p/q) on what `decode` returns, class by class in float64."""
+    rows = _rows(seed, 12)
+    stored = encode(rows, CodecPolicy(k_max=12, k_min=1, p_min=p_min))
+    _, logprobs, log_tail = decode(stored)
+    for t, k in enumerate(stored.k_T):
+        head = np.exp(rows.topk_logprobs_TK[t].astype(np.float64))
+        p = np.append(head[:k], np.exp(float(rows.log_tail_mass_T[t])) + head[k:].sum())
+        log_q = np.append(logprobs[t, :k], log_tail[t]).astype(np.float64)
+        assert stored_kl(rows, stored)[t] == pytest.approx(
+            (p / p.sum() * (np.log(p / p.sum()) - log_q)).sum(), abs=FLOAT32_KL
+        )
 
 
 def test_adaptive_k_by_hand() -> None:

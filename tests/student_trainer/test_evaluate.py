@@ -23,7 +23,7 @@ from logitlake_shared.images import inspect_image
 from logitlake_shared.lake import Lake, UnitResult
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rows import LakeSample
-from logitlake_shared.topk import TeacherRows, encode, stored_error
+from logitlake_shared.topk import TeacherRows, concatenate, encode, stored_error
 from logitlake_student.answers import Examinee, Prompt, greedy_answers, kl_to_teacher, load_examinee
 from logitlake_student.config import EvalConfig
 from logitlake_student.evaluate import examine, figures_of, read_questions, result_of
@@ -113,7 +113,7 @@ def lake(tmp_path: Path, data: Path, teacher: Examinee, capture_spec: CaptureSpe
             log_tail_mass_T=np.full(len(labels_T), -np.inf, np.float32),
         )
         stored = encode(rows, codec)
-        captured.append((rows, stored))
+        captured.append(rows)
         images |= {image.image_sha256: image for image in map(inspect_image, encoded)}
         samples.append(
             LakeSample(
@@ -130,9 +130,9 @@ def lake(tmp_path: Path, data: Path, teacher: Examinee, capture_spec: CaptureSpe
             )
         )
     cache = Lake.create(tmp_path / "lake").create_cache("main", spec)
-    cache.publish_unit(
-        UnitResult(unit="000000-x", samples=samples, images=list(images.values()), stored_error=stored_error(captured))
-    )
+    rows = concatenate(captured)
+    error = stored_error(rows, encode(rows, codec))
+    cache.publish_unit(UnitResult(unit="000000-x", samples=samples, images=list(images.values()), stored_error=error))
     cache.snapshot()
     return tmp_path / "lake"
 

@@ -1,0 +1,65 @@
+"""Files that are there whole or not at all, whatever stops the machine.
+
+The bytes go to a hidden name (`<name>#<n>`, which no listing of obstore shows), are synced, and only then appear
+under their own name by one link or rename; the folder is synced last, and so is every folder that had to be made, up
+to the first that was there. So a name never stands for fewer bytes than were written, even after a power loss, and a
+sync that fails leaves nothing behind: its file is given up, not synced again.
+"""
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["create_file", "replace_file"]
+
+
+def create_file(path: Path, data: bytes) -> bool:
+    """Creates `path` with these bytes; returns False, changing nothing, when it exists. Raises `OSError`."""
+    staged = _stage(path, data)
+    try:
+        os.link(staged, path)
+    except FileExistsError:
+        return False
+    finally:
+        staged.unlink(missing_ok=True)
+    _sync(path.parent)
+    return True
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Creates or replaces `path`: a reader sees the old bytes or the new ones. Raises `OSError`."""
+    _stage(path, data).replace(path)
+    _sync(path.parent)
+
+
+def _stage(path: Path, data: bytes) -> Path:
+    _make_folder(path.parent)
+    staged = path.with_name(f"{path.name}#{secrets.randbits(48)}")
+    try:
+        with staged.open("xb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+    except BaseException:
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
+        raise
+    return staged
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes the folder and those above it, each entered durably in the one above."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
