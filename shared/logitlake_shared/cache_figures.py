@@ -34,7 +34,7 @@ class CacheFigures:
     errors: int
     """samples or pairs that could not be captured"""
     stored_kl_mean: float | None
-    """mean KL(captured‖stored) in nats a token; none where no top-k is stored"""
+    """mean KL(captured‖stored) in nats a token; none where no top-k is stored (pairs, draws)"""
     stored_kl_max: float | None
     mean_k: float | None
     """mean number of stored entries a token"""
@@ -56,6 +56,7 @@ def cache_figures(cache: Cache, snapshot: Snapshot) -> CacheFigures:
         if commit.stored_error is not None
     ]
     weight = sum(count for count, _ in measured)
+    rounded = [(n, error.kl_mean, error.kl_max) for n, error in measured if error.kl_mean is not None]
     return CacheFigures(
         cache=cache.name,
         kind=cache.spec.kind,
@@ -69,8 +70,8 @@ def cache_figures(cache: Cache, snapshot: Snapshot) -> CacheFigures:
         bytes=sum(entry.bytes for entry in entries),
         bytes_per_token=row_bytes / tokens if tokens else None,
         errors=sum(len(commit.errors) for commit in snapshot.commits),
-        stored_kl_mean=sum(n * error.kl_mean for n, error in measured) / weight if weight else None,
-        stored_kl_max=max((error.kl_max for _, error in measured), default=None),
+        stored_kl_mean=sum(n * mean for n, mean, _ in rounded) / weight if rounded else None,
+        stored_kl_max=max((largest for _, _, largest in rounded if largest is not None), default=None),
         mean_k=sum(n * error.mean_k for n, error in measured) / weight if weight else None,
         shards=len(entries),
         image_bytes=sum(entry.bytes for entry in entries if entry.kind == "images"),

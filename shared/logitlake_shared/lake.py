@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from logitlake_schemas import (
     FORMAT_VERSION,
     CaptureSpec,
+    CodecPolicy,
     CommitRecord,
     LakeManifest,
     QuarantineRecord,
@@ -288,7 +289,7 @@ class Cache:
             cache=self.name,
             unit=result.unit,
             spec_fingerprint=self.fingerprint,
-            exact=self.spec.codec.grid == "exact",
+            exact=isinstance(self.spec.codec, CodecPolicy) and self.spec.codec.grid == "exact",
             stored_error=result.stored_error if kind == "samples" else None,
         )
         digest = sha256_hex(data)
@@ -307,11 +308,13 @@ class Cache:
             self.store.overwrite(entry.path, data)
 
     def _check_budget(self, result: UnitResult) -> None:
-        budget = self.spec.codec.max_mean_kl
-        if result.stored_error is not None and result.stored_error.kl_mean > budget:
+        codec, error = self.spec.codec, result.stored_error
+        if not isinstance(codec, CodecPolicy) or error is None or error.kl_mean is None:
+            return
+        if error.kl_mean > codec.max_mean_kl:
             raise LakeError(
-                f"unit {result.unit}: storing it costs {result.stored_error.kl_mean:.2e} nats a token, over the budget "
-                f"of {budget:.2e}; set codec.grid=exact or raise codec.max_mean_kl"
+                f"unit {result.unit}: storing it costs {error.kl_mean:.2e} nats a token, over the budget of "
+                f"{codec.max_mean_kl:.2e}; set codec.grid=exact or raise codec.max_mean_kl"
             )
 
     def _newest_snapshot_number(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from logitlake_schemas import CodecPolicy, StoredError
 from logitlake_shared.errors import EngineError
 
 __all__ = [
+    "DrawnRows",
     "StoredRows",
     "TeacherRows",
     "check_rows",
@@ -30,6 +31,7 @@ __all__ = [
     "decode",
     "encode",
     "nearest_level",
+    "rounded",
     "split",
     "stored_error",
     "stored_kl",
@@ -37,6 +39,7 @@ __all__ = [
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
+Rows = TypeVar("Rows", "TeacherRows", "DrawnRows")
 
 GRID_LEVELS = 256
 GRID_STEP = 0.0105  # step at p = 1, in nats: 256 levels then reach below GRID_FLOOR
@@ -59,6 +62,18 @@ class TeacherRows:
     """1 = the teacher's first choice"""
     log_tail_mass_T: Float32
     """log probability outside the K entries; -inf where K is the vocabulary"""
+
+
+@dataclass(frozen=True)
+class DrawnRows:
+    """What an engine that was asked for draws tells of one sample's T response tokens: N ids each, with replacement."""
+
+    drawn_ids_TN: Int32
+    """drawn from the full distribution at T=1, in any order"""
+    label_logprob_T: Float32
+    label_rank_T: Int32
+    entropy_T: Float32
+    """of the full distribution, in nats"""
 
 
 @dataclass(frozen=True)
@@ -124,22 +139,22 @@ def encode(rows: TeacherRows, policy: CodecPolicy) -> StoredRows:
         log_tail_T[changed_T] = np.log(tail_T[changed_T] + dropped_T)
     kept = logprobs_TK[keep_TK]
     snaps = policy.grid == "companded256"
+    own = rounded if snaps else _as_it_is
     return StoredRows(
         k_T=k_T.astype(np.uint16),
         topk_ids=rows.topk_ids_TK[keep_TK].astype(np.int32, copy=False),
         topk_logprobs=_snap(kept) if snaps else kept,
-        label_logprob_T=_scalar(rows.label_logprob_T, snaps),
+        label_logprob_T=own(rows.label_logprob_T),
         label_rank_T=rows.label_rank_T.astype(np.int32),
-        log_tail_mass_T=_scalar(log_tail_T, snaps),
-        entropy_T=_scalar(np.maximum(entropy_T, 0), snaps),
+        log_tail_mass_T=own(log_tail_T),
+        entropy_T=own(np.maximum(entropy_T, 0).astype(np.float32)),
     )
 
 
-def concatenate(parts: Sequence[TeacherRows]) -> TeacherRows:
-    """The rows of several samples as one, in order. All have the same K."""
-    return TeacherRows(
-        **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(TeacherRows)}
-    )
+def concatenate(parts: Sequence[Rows]) -> Rows:
+    """The rows of several samples as one, in order. All have the same K (or number of draws)."""
+    kind = type(parts[0])
+    return kind(**{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(kind)})
 
 
 def split(rows: StoredRows, lengths: Sequence[int]) -> list[StoredRows]:
@@ -237,14 +252,16 @@ def _xlogx(p: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return result
 
 
-def _scalar(values: npt.NDArray[np.floating[Any]], rounded: bool) -> Float32:
-    """A token's own figure: as it is, or to the ten mantissa bits of a float16, which halves its bytes."""
+def rounded(values: npt.NDArray[np.floating[Any]]) -> Float32:
+    """A token's own figures to the ten mantissa bits of a float16, as float32: half the bytes, and SQL needs no more."""
     exact = np.ascontiguousarray(values, np.float32)
-    if not rounded:
-        return exact
     half = np.uint32(1 << (_DROPPED_BITS - 1))
     mask = np.uint32(0xFFFFFFFF << _DROPPED_BITS & 0xFFFFFFFF)
     return np.where(np.isfinite(exact), ((exact.view(np.uint32) + half) & mask).view(np.float32), exact)  # keeps -inf
+
+
+def _as_it_is(values: npt.NDArray[np.floating[Any]]) -> Float32:
+    return np.ascontiguousarray(values, np.float32)
 
 
 @cache
@@ -258,7 +275,7 @@ def _grid() -> Float32:
 
 
 def nearest_level(logprobs: Float32) -> Float32:
-    """The nearest level of each logprob; what lies below the lowest level is held at it."""
+    """The nearest level of each logprob, by search; what lies below the lowest level is held at it."""
     grid = _grid()
     return grid[np.searchsorted((grid[1:] + grid[:-1]) / 2, logprobs)]
 

@@ -4,9 +4,9 @@ Unknown keys are errors: a document from a newer format is refused, never half u
 or a host name, so that the same capture writes the same bytes wherever and whenever it runs.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from logitlake_schemas.fingerprint import canonical_json, fingerprint
 
@@ -14,6 +14,7 @@ __all__ = [
     "FORMAT_VERSION",
     "CacheKind",
     "CaptureSpec",
+    "Codec",
     "CodecPolicy",
     "CommitRecord",
     "DatasetIdentity",
@@ -21,6 +22,7 @@ __all__ = [
     "LakeManifest",
     "QuarantineRecord",
     "Record",
+    "SampledPolicy",
     "ShardEntry",
     "ShardKind",
     "Snapshot",
@@ -88,8 +90,9 @@ class EngineIdentity(Record):
 
 
 class CodecPolicy(Record):
-    """How many entries of a token are kept, and how exactly."""
+    """The default codec: the most probable entries of a token, how many of them, and how exactly."""
 
+    type: Literal["topk"] = "topk"
     k_max: int = Field(default=32, gt=0, le=65535)
     """entries captured for each token, at most"""
     k_min: int = Field(default=4, gt=0)
@@ -106,6 +109,31 @@ class CodecPolicy(Record):
         if self.k_min > self.k_max:
             raise ValueError(f"k_min must be at most k_max, got k_min={self.k_min} and k_max={self.k_max}")
         return self
+
+
+class SampledPolicy(Record):
+    """Random-Sampling KD: the counts of `draws` tokens drawn from the full distribution, an unbiased estimate of it.
+
+    For engines that see the full distribution. Anshumann et al., ACL 2025: the mean gradient over many tokens is that
+    of full distillation, while a top-k with a tail keeps a small bias; at a few thousand tokens a step the top-k has
+    the smaller error.
+    """
+
+    type: Literal["sampled"]
+    draws: int = Field(default=50, gt=0, le=255)
+    """tokens drawn with replacement; at most 255, so that a dictionary of one-byte codes holds every count"""
+    seed: int = Field(default=0, ge=0)
+    """the draws are a function of the seed, the sample and the token"""
+
+
+def _codec_type(value: Any) -> str:
+    return str(value.get("type", "topk") if isinstance(value, dict) else value.type)
+
+
+Codec = Annotated[
+    Annotated[CodecPolicy, Tag("topk")] | Annotated[SampledPolicy, Tag("sampled")], Discriminator(_codec_type)
+]
+"""What is kept of a token's distribution; `type` says which, `topk` where it is not given."""
 
 
 class DatasetIdentity(Record):
@@ -126,7 +154,7 @@ class CaptureSpec(Record):
     kind: CacheKind
     tokenizer: TokenizerIdentity
     engine: EngineIdentity
-    codec: CodecPolicy
+    codec: Codec
     dataset: DatasetIdentity
 
     @property
@@ -161,9 +189,9 @@ class UnitError(Record):
 class StoredError(Record):
     """What storing cost, measured by the writer on the unit itself."""
 
-    kl_mean: float
-    """mean KL(captured‖stored) over the unit's tokens, in nats"""
-    kl_max: float
+    kl_mean: float | None
+    """mean KL(captured‖stored) over the unit's tokens, in nats; none for draws, which estimate and do not round"""
+    kl_max: float | None
     """the largest of them"""
     mean_stored_mass: float
     """mean probability covered by the stored entries"""

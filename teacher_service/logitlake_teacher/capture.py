@@ -6,10 +6,11 @@ What the teacher cannot score becomes an error row of the unit's commit record, 
 
 from collections.abc import Mapping, Sequence
 
-from logitlake_schemas import CodecPolicy, CommitRecord, StoredError, UnitError
+from logitlake_schemas import Codec, CommitRecord, SampledPolicy, StoredError, UnitError
+from logitlake_shared.draws import drawn_error, encode_draws
 from logitlake_shared.lake import Cache, UnitResult
 from logitlake_shared.rows import LakeSample
-from logitlake_shared.topk import StoredRows, concatenate, encode, split, stored_error
+from logitlake_shared.topk import DrawnRows, StoredRows, TeacherRows, concatenate, encode, split, stored_error
 from logitlake_teacher.engines.base import Engine, ScoredSample
 from logitlake_teacher.planner import PlannedSample, Unit
 from logitlake_teacher.unit_work import (
@@ -41,7 +42,7 @@ def capture_unit(engine: Engine, unit: Unit, cache: Cache, crashed: Mapping[str,
     answers = engine.score([request for item in todo for request in requests_of(item, images)])
     accepted: list[tuple[PlannedSample, ScoredSample]] = []
     for item, answer in zip(todo, answers, strict=True):
-        checked = accept(item, answer, len(item.response_ids), cache.spec.tokenizer.vocab_size)
+        checked = accept(item, answer, len(item.response_ids), cache.spec)
         if isinstance(checked, UnitError):
             errors[item.item_id] = checked
         else:
@@ -59,18 +60,26 @@ def capture_unit(engine: Engine, unit: Unit, cache: Cache, crashed: Mapping[str,
 
 
 def _encoded(
-    accepted: Sequence[tuple[PlannedSample, ScoredSample]], codec: CodecPolicy
+    accepted: Sequence[tuple[PlannedSample, ScoredSample]], codec: Codec
 ) -> tuple[list[LakeSample], StoredError | None]:
     """The samples as they are stored, and what storing them cost; encoded all at once, which is many times faster."""
     if not accepted:
         return [], None
-    rows = concatenate([answer.rows for _, answer in accepted])
-    stored = encode(rows, codec)
+    stored, error = _encoded_rows([answer.rows for _, answer in accepted], codec)
     parts = split(stored, [len(item.response_ids) for item, _ in accepted])
     samples = [
         _lake_sample(item, part, answer.expanded_length) for (item, answer), part in zip(accepted, parts, strict=True)
     ]
-    return samples, stored_error(rows, stored)
+    return samples, error
+
+
+def _encoded_rows(answers: Sequence[TeacherRows | DrawnRows], codec: Codec) -> tuple[StoredRows, StoredError]:
+    if isinstance(codec, SampledPolicy):
+        stored = encode_draws(concatenate([rows for rows in answers if isinstance(rows, DrawnRows)]))
+        return stored, drawn_error(stored)
+    rows = concatenate([rows for rows in answers if isinstance(rows, TeacherRows)])
+    stored = encode(rows, codec)
+    return stored, stored_error(rows, stored)
 
 
 def _lake_sample(item: PlannedSample, stored: StoredRows, expanded_length: int) -> LakeSample:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from logitlake_schemas.records import CodecPolicy
+from logitlake_schemas.records import Codec, CodecPolicy
 from logitlake_shared.config import StrictModel
 
 __all__ = [
@@ -191,8 +191,8 @@ class CaptureConfig(_JobConfig):
 
     data: tuple[LlavaSource, ...] = Field(min_length=1)
     """the conversations, one `[[data]]` table a source"""
-    codec: CodecPolicy = CodecPolicy()
-    """how many entries of a token are kept, and how exactly"""
+    codec: Codec = CodecPolicy()
+    """what is kept of a token's distribution: `type = "topk"`, or `"sampled"` for engines that see all of it"""
 
 
 class PairsConfig(_JobConfig):

@@ -7,7 +7,7 @@ counts only if both sides could be scored.
 
 from collections.abc import Mapping
 
-from logitlake_schemas import CodecPolicy, CommitRecord, UnitError
+from logitlake_schemas import CaptureSpec, CodecPolicy, CommitRecord, UnitError
 from logitlake_shared.lake import Cache, UnitResult
 from logitlake_shared.rows import LakePair
 from logitlake_teacher.engines.base import Engine, SampleProblem, ScoredSample
@@ -39,7 +39,7 @@ def capture_pairs_unit(engine: Engine, unit: Unit, cache: Cache, crashed: Mappin
     answers = engine.score([request for item in todo for request in requests_of(item, images)])
     pairs: list[LakePair] = []
     for item, chosen, rejected in zip(todo, answers[::2], answers[1::2], strict=True):
-        pair = _lake_pair(item, chosen, rejected, cache.spec.tokenizer.vocab_size)
+        pair = _lake_pair(item, chosen, rejected, cache.spec)
         if isinstance(pair, UnitError):
             errors[item.item_id] = pair
         else:
@@ -55,10 +55,10 @@ def capture_pairs_unit(engine: Engine, unit: Unit, cache: Cache, crashed: Mappin
 
 
 def _lake_pair(
-    item: PlannedPair, chosen: ScoredSample | SampleProblem, rejected: ScoredSample | SampleProblem, vocab_size: int
+    item: PlannedPair, chosen: ScoredSample | SampleProblem, rejected: ScoredSample | SampleProblem, spec: CaptureSpec
 ) -> LakePair | UnitError:
-    good = accept(item, chosen, len(item.chosen_ids), vocab_size)
-    bad = accept(item, rejected, len(item.rejected_ids), vocab_size)
+    good = accept(item, chosen, len(item.chosen_ids), spec)
+    bad = accept(item, rejected, len(item.rejected_ids), spec)
     if isinstance(good, UnitError):
         return good
     if isinstance(bad, UnitError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from logitlake_schemas import CacheKind, CaptureSpec, CommitRecord
+from logitlake_schemas import CacheKind, CaptureSpec, Codec, CodecPolicy, CommitRecord, SampledPolicy
 from logitlake_shared.cache_figures import CacheFigures, cache_figures
 from logitlake_shared.errors import ConfigError, DataError
 from logitlake_shared.lake import Cache, Lake
@@ -62,11 +62,8 @@ def prepare(config: CaptureConfig | PairsConfig) -> Prepared:
     renderer = Renderer(config.teacher.model_dir)
     if isinstance(config, CaptureConfig):
         kind: CacheKind = "samples"
-        codec = config.codec
-        if codec.k_max > renderer.vocab_size:
-            raise ConfigError(
-                f"codec.k_max is {codec.k_max}, but the teacher's tokenizer has {renderer.vocab_size} tokens; lower it"
-            )
+        codec: Codec = config.codec
+        _check_codec(config, renderer)
         plan = plan_samples(config.data, renderer, config.plan.unit_tokens)
     else:
         kind, codec = "pairs", PAIRS_CODEC
@@ -77,7 +74,8 @@ def prepare(config: CaptureConfig | PairsConfig) -> Prepared:
         vocab_size=renderer.vocab_size,
         eos_id=renderer.eos_id,
         image_token_id=renderer.image_token_id,
-        k=codec.k_max,
+        k=codec.k_max if isinstance(codec, CodecPolicy) else 1,
+        sampled=codec if isinstance(codec, SampledPolicy) else None,
         num_threads=(executor.num_threads if isinstance(executor, InlineExecutorConfig) else executor.cpus_per_actor),
     )
     spec = CaptureSpec(
@@ -88,6 +86,20 @@ def prepare(config: CaptureConfig | PairsConfig) -> Prepared:
         dataset=plan.dataset,
     )
     return Prepared(kind, plan, spec, setup)
+
+
+def _check_codec(config: CaptureConfig, renderer: Renderer) -> None:
+    if isinstance(config.codec, SampledPolicy):
+        if config.engine.type == "vllm":
+            raise ConfigError(
+                "codec.type is 'sampled', which draws from the full distribution; the engine 'vllm' returns the most "
+                "probable tokens only. Use engine.type='hf', or codec.type='topk'"
+            )
+    elif config.codec.k_max > renderer.vocab_size:
+        raise ConfigError(
+            f"codec.k_max is {config.codec.k_max}, but the teacher's tokenizer has {renderer.vocab_size} tokens; "
+            "lower it"
+        )
 
 
 def open_cache(config: CaptureConfig | PairsConfig, prepared: Prepared) -> Cache:

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from logitlake_schemas import CommitRecord, UnitError, layout
+from logitlake_schemas import CaptureSpec, CommitRecord, SampledPolicy, UnitError, layout
+from logitlake_shared.draws import check_draws
 from logitlake_shared.errors import DataError, EngineError, ImageError
 from logitlake_shared.images import inspect_image
 from logitlake_shared.lake import Cache
 from logitlake_shared.rows import LakeImage
-from logitlake_shared.topk import check_rows
+from logitlake_shared.topk import DrawnRows, check_rows
 from logitlake_teacher.engines.base import SampleProblem, ScoredSample, ScoreRequest
 from logitlake_teacher.planner import Item, PlannedPair, PlannedSample, Unit
 
@@ -77,19 +78,24 @@ def requests_of(item: Item, images: Mapping[str, LakeImage]) -> list[ScoreReques
 
 
 def accept(
-    item: Item, answer: ScoredSample | SampleProblem, num_tokens: int, vocab_size: int
+    item: Item, answer: ScoredSample | SampleProblem, num_tokens: int, spec: CaptureSpec
 ) -> ScoredSample | UnitError:
     """The answer if it may be written, else why not. `num_tokens` is the number of response tokens asked about."""
     if isinstance(answer, SampleProblem):
         return UnitError(sample_id=item.item_id, code=answer.code, message=answer.message)
-    if len(answer.rows.topk_ids_TK) != num_tokens:
+    num_rows = len(answer.rows.label_logprob_T)
+    if num_rows != num_tokens:
         return UnitError(
             sample_id=item.item_id,
             code="teacher_invalid",
-            message=f"the teacher returned {len(answer.rows.topk_ids_TK)} rows for {num_tokens} response tokens",
+            message=f"the teacher returned {num_rows} rows for {num_tokens} response tokens",
         )
     try:
-        check_rows(answer.rows, vocab_size)
+        if isinstance(answer.rows, DrawnRows):
+            assert isinstance(spec.codec, SampledPolicy)
+            check_draws(answer.rows, spec.codec, spec.tokenizer.vocab_size)
+        else:
+            check_rows(answer.rows, spec.tokenizer.vocab_size)
     except EngineError as error:
         code, _, message = str(error).partition(": ")
         return UnitError(sample_id=item.item_id, code=code, message=message)

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from logitlake_schemas import SampledPolicy
+from logitlake_shared.draws import uniforms
 from logitlake_shared.errors import EngineError
 from logitlake_shared.rendering import Renderer
-from logitlake_shared.topk import check_rows
+from logitlake_shared.topk import DrawnRows, TeacherRows, check_rows
 from logitlake_teacher.config import EngineConfig, FakeEngineConfig, HfEngineConfig, VllmEngineConfig
 from logitlake_teacher.engines import (
     Engine,
@@ -336,3 +338,33 @@ def test_more_entries_than_the_vocabulary_are_refused(engine_config: EngineConfi
     """k > vocabulary cannot be answered, and says so before anything is captured."""
     with pytest.raises(EngineError, match=r"codec\.k_max"):
         build_engine(engine_config, replace(setup, k=setup.vocab_size + 1))
+
+
+@pytest.mark.parametrize("engine_config", ["fake", "hf"], indirect=True)
+def test_draws_come_from_the_full_distribution(
+    engine_config: EngineConfig, setup: EngineSetup, make_engine: MakeEngine, requests: list[ScoreRequest]
+) -> None:
+    """Each id is where the cumulated truth passes its uniform; label, rank and entropy are those of the truth."""
+    policy = SampledPolicy(type="sampled", draws=16, seed=5)
+    engine = build_engine(engine_config, replace(setup, sampled=policy))
+    for request, drawn, full in zip(
+        requests, engine.score(requests), make_engine(setup.vocab_size).score(requests), strict=True
+    ):
+        assert isinstance(drawn, ScoredSample)
+        assert isinstance(full, ScoredSample)
+        assert isinstance(drawn.rows, DrawnRows)
+        assert isinstance(full.rows, TeacherRows)
+        logprobs_TV = np.empty(full.rows.topk_logprobs_TK.shape)
+        np.put_along_axis(logprobs_TV, full.rows.topk_ids_TK.astype(np.int64), full.rows.topk_logprobs_TK, 1)
+        cumulated_TV = np.exp(logprobs_TV).cumsum(1)
+        uniforms_TN = uniforms(policy, request.sample_id, len(cumulated_TV))
+        ids_TN = drawn.rows.drawn_ids_TN
+        above_TN = np.take_along_axis(cumulated_TV, ids_TN.astype(np.int64), 1)
+        below_TN = above_TN - np.exp(np.take_along_axis(logprobs_TV, ids_TN.astype(np.int64), 1))
+        assert (below_TN <= uniforms_TN + BATCH_TOLERANCE).all()
+        assert (uniforms_TN <= above_TN + BATCH_TOLERANCE).all()
+        np.testing.assert_allclose(drawn.rows.label_logprob_T, full.rows.label_logprob_T, atol=BATCH_TOLERANCE)
+        np.testing.assert_array_equal(drawn.rows.label_rank_T, full.rows.label_rank_T)
+        entropy_T = -(np.exp(logprobs_TV) * logprobs_TV).sum(1)
+        np.testing.assert_allclose(drawn.rows.entropy_T, entropy_T, atol=BATCH_TOLERANCE)
+    engine.close()

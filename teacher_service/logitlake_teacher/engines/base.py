@@ -17,10 +17,11 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from logitlake_schemas import SampledPolicy
 from logitlake_schemas.records import EngineIdentity
 from logitlake_shared.alignment import expand_images, interleave
 from logitlake_shared.errors import ImageError
-from logitlake_shared.topk import TeacherRows
+from logitlake_shared.topk import DrawnRows, TeacherRows
 
 __all__ = [
     "Engine",
@@ -55,6 +56,8 @@ class EngineSetup:
     """entries captured for each response token, at most `vocab_size`"""
     num_threads: int
     """CPU threads of the forward pass"""
+    sampled: SampledPolicy | None = None
+    """draws from the full distribution instead of its most probable entries, for engines that see all of it"""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class ScoredSample:
     """The teacher's rows for one sample, one row a response token."""
 
     sample_id: str
-    rows: TeacherRows
+    rows: TeacherRows | DrawnRows
+    """draws where the engine was set up for them"""
     expanded_length: int
     """length of the sequence that the teacher saw, images expanded"""
 

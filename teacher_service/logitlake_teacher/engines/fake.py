@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitlake_schemas.records import EngineIdentity
+from logitlake_shared.draws import uniforms
 from logitlake_shared.errors import EngineError, ImageError
 from logitlake_shared.images import decode_image
-from logitlake_shared.topk import TeacherRows
+from logitlake_shared.topk import DrawnRows, TeacherRows
 from logitlake_teacher.config import FakeEngineConfig
 from logitlake_teacher.engines.base import (
     EngineSetup,
@@ -104,10 +105,16 @@ class FakeEngine:
             logprobs_TV = self.truth(request)
         except ImageError as error:
             return image_problem(request.sample_id, error)
-        rows = _top_rows(logprobs_TV, request.response_ids, setup.k)
+        rows = self._rows(request, logprobs_TV)
         if request.sample_id in config.nan_on:
-            rows.topk_logprobs_TK[0, 0] = np.nan
+            rows.label_logprob_T[0] = np.nan
         return ScoredSample(request.sample_id, rows, len(ids_S))
+
+    def _rows(self, request: ScoreRequest, logprobs_TV: NDArray[np.float64]) -> TeacherRows | DrawnRows:
+        if self._setup.sampled is None:
+            return _top_rows(logprobs_TV, request.response_ids, self._setup.k)
+        uniforms_TN = uniforms(self._setup.sampled, request.sample_id, len(logprobs_TV))
+        return _drawn_rows(logprobs_TV, request.response_ids, uniforms_TN)
 
     def _prefix(self, request: ScoreRequest) -> "hashlib._Hash":
         """The hash of the seed and the images, to be continued by the ids."""
@@ -162,6 +169,25 @@ def _top_rows(logprobs_TV: NDArray[np.float64], label_ids_T: NDArray[np.int32], 
         label_logprob_T=label_logprob_T.astype(np.float32),
         label_rank_T=agree_label_ranks(topk_ids_TK, label_ids_T, rank_T),
         log_tail_mass_T=log_tail_mass_T.astype(np.float32),
+    )
+
+
+def _drawn_rows(
+    logprobs_TV: NDArray[np.float64], label_ids_T: NDArray[np.int32], uniforms_TN: NDArray[np.float64]
+) -> DrawnRows:
+    """Draws from full distributions, and what is known of the labels."""
+    p_TV = np.exp(logprobs_TV)
+    cumulated_TV = np.cumsum(p_TV, axis=1)
+    cumulated_TV /= cumulated_TV[:, -1:]
+    drawn = [
+        np.searchsorted(row_V, row_N, side="right") for row_V, row_N in zip(cumulated_TV, uniforms_TN, strict=True)
+    ]
+    label_logprob_T = logprobs_TV[np.arange(len(label_ids_T)), label_ids_T]
+    return DrawnRows(
+        drawn_ids_TN=np.stack(drawn).astype(np.int32),
+        label_logprob_T=label_logprob_T.astype(np.float32),
+        label_rank_T=(logprobs_TV > label_logprob_T[:, None]).sum(axis=1).astype(np.int32) + 1,
+        entropy_T=-(p_TV * logprobs_TV).sum(axis=1).astype(np.float32),
     )
 
 

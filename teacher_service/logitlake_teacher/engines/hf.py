@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from logitlake_schemas.records import EngineIdentity
 from logitlake_shared.alignment import predicting_rows
+from logitlake_shared.draws import uniforms
 from logitlake_shared.errors import EngineError, ImageError
 from logitlake_shared.images import load_pixels
-from logitlake_shared.topk import TeacherRows
+from logitlake_shared.topk import DrawnRows, Rows, TeacherRows, concatenate
 from logitlake_teacher.config import HfEngineConfig
 from logitlake_teacher.engines.base import (
     EngineSetup,
@@ -42,6 +43,8 @@ __all__ = ["HfEngine"]
 
 # Rows through the lm_head at once: 512 rows of a 152k vocabulary are 0.3 GiB in float32.
 _CHUNK_ROWS = 512
+# Draws need the whole distribution in float64 as well.
+_DRAWN_CHUNK_ROWS = 128
 # The model's own logits and ours come from the same weights; only the order of a dot product can differ.
 _HEAD_TOLERANCE = 1e-3
 
@@ -155,17 +158,31 @@ class HfEngine:
             yield batch
 
     @torch.inference_mode()
-    def _score_batch(self, batch: list[_Sequence]) -> list[TeacherRows]:
+    def _score_batch(self, batch: list[_Sequence]) -> Sequence[TeacherRows | DrawnRows]:
         hidden_BSH = self._hidden(batch)
         hidden_RH = torch.cat(
             [hidden_BSH[b, torch.from_numpy(item.rows_R).to(self._device)] for b, item in enumerate(batch)]
         )
         label_ids_R = np.concatenate([item.request.response_ids for item in batch])
-        parts = [
-            self._rows_of(hidden_RH[start : start + _CHUNK_ROWS], label_ids_R[start : start + _CHUNK_ROWS])
-            for start in range(0, len(label_ids_R), _CHUNK_ROWS)
-        ]
-        return _split_rows(parts, [len(item.rows_R) for item in batch])
+        lengths = [len(item.rows_R) for item in batch]
+        sampled = self._setup.sampled
+        if sampled is None:
+            return _split_rows(
+                [
+                    self._rows_of(hidden_RH[start : start + _CHUNK_ROWS], label_ids_R[start : start + _CHUNK_ROWS])
+                    for start in range(0, len(label_ids_R), _CHUNK_ROWS)
+                ],
+                lengths,
+            )
+        uniforms_RN = np.concatenate([uniforms(sampled, item.request.sample_id, len(item.rows_R)) for item in batch])
+        return _split_rows(
+            [
+                self._draws_of(hidden_RH[chunk], label_ids_R[chunk], uniforms_RN[chunk])
+                for start in range(0, len(label_ids_R), _DRAWN_CHUNK_ROWS)
+                for chunk in (slice(start, start + _DRAWN_CHUNK_ROWS),)
+            ],
+            lengths,
+        )
 
     def _hidden(self, batch: list[_Sequence]) -> torch.Tensor:
         """Last hidden states `[B, S, H]`; right padding changes nothing before it under a causal mask."""
@@ -199,6 +216,24 @@ class HfEngine:
             label_logprob_T=label_logprob_R.cpu().numpy(),
             label_rank_T=agree_label_ranks(topk_ids, label_ids_R, rank_R.to(torch.int32).cpu().numpy()),
             log_tail_mass_T=log_tail_mass_R.cpu().numpy(),
+        )
+
+    def _draws_of(
+        self, hidden_RH: torch.Tensor, label_ids_R: NDArray[np.int32], uniforms_RN: NDArray[np.float64]
+    ) -> DrawnRows:
+        logits_RV = self._head(hidden_RH)[:, : self._setup.vocab_size].float()
+        logprobs_RV = torch.log_softmax(logits_RV, dim=-1)
+        labels_R = torch.from_numpy(label_ids_R.astype(np.int64)).to(self._device)
+        label_logprob_R = logprobs_RV.gather(1, labels_R[:, None])[:, 0]
+        # In float64: the cumulated sum of 150,000 float32 would lose the improbable tokens that drawing is for.
+        cumulated_RV = logprobs_RV.double().exp().cumsum(dim=1)
+        cumulated_RV /= cumulated_RV[:, -1:].clone()
+        drawn_RN = torch.searchsorted(cumulated_RV, torch.from_numpy(uniforms_RN).to(self._device), right=True)
+        return DrawnRows(
+            drawn_ids_TN=drawn_RN.to(torch.int32).cpu().numpy(),
+            label_logprob_T=label_logprob_R.cpu().numpy(),
+            label_rank_T=((logprobs_RV > label_logprob_R[:, None]).sum(dim=1) + 1).to(torch.int32).cpu().numpy(),
+            entropy_T=-(logprobs_RV.exp() * logprobs_RV).sum(dim=1).cpu().numpy(),
         )
 
     @torch.inference_mode()
@@ -271,17 +306,11 @@ def _load_model(setup: EngineSetup, sees_images: bool, config: HfEngineConfig, d
     return model.to(device).eval()
 
 
-def _split_rows(parts: list[TeacherRows], lengths: list[int]) -> list[TeacherRows]:
+def _split_rows(parts: list[Rows], lengths: list[int]) -> list[Rows]:
     """The rows of a batch, cut from chunks of the lm_head back into samples."""
-    ends = np.cumsum(lengths)[:-1]
-    ids = np.split(np.concatenate([part.topk_ids_TK for part in parts]), ends)
-    logprobs = np.split(np.concatenate([part.topk_logprobs_TK for part in parts]), ends)
-    label_logprob = np.split(np.concatenate([part.label_logprob_T for part in parts]), ends)
-    label_rank = np.split(np.concatenate([part.label_rank_T for part in parts]), ends)
-    log_tail_mass = np.split(np.concatenate([part.log_tail_mass_T for part in parts]), ends)
-    return [
-        TeacherRows(*columns) for columns in zip(ids, logprobs, label_logprob, label_rank, log_tail_mass, strict=True)
-    ]
+    rows = concatenate(parts)
+    columns = zip(*(np.split(column, np.cumsum(lengths)[:-1]) for column in vars(rows).values()), strict=True)
+    return [type(rows)(*column) for column in columns]
 
 
 def _cut_at_eos(ids: NDArray[np.int64], eos_id: int) -> Generation:

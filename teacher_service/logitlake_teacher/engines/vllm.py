@@ -77,6 +77,8 @@ class VllmEngine:
         # vLLM counts the one token that it generates after the sample.
         model_length = min(config.context_length or checkpoint.context_length, checkpoint.context_length)
         self._context_length = model_length - 1
+        if setup.sampled is not None:
+            raise EngineError("the engine 'vllm' returns the most probable tokens and cannot draw from all; use 'hf'")
         if setup.k > setup.vocab_size:
             raise EngineError(
                 f"{setup.model_dir}: asked for {setup.k} entries a token, the vocabulary has {setup.vocab_size}; "
