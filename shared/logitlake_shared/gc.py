@@ -76,7 +76,7 @@ def _candidates(lake: Lake) -> Iterator[tuple[StoredObject, str]]:
 
 
 def _named_shards(cache: Cache) -> set[str]:
-    named = {entry.path for unit in cache.committed_units() for entry in cache.commit(unit).shards}
+    named = {entry.path for commit in cache.commits() for entry in commit.shards}
     for path in cache.store.names(layout.snapshots_prefix(cache.name)):
         snapshot = cache.open_snapshot(layout.snapshot_number(path))
         named |= {entry.path for commit in snapshot.commits for entry in commit.shards}

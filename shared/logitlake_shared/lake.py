@@ -7,7 +7,9 @@ record names, and the unit is done again.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,13 +49,15 @@ from logitlake_shared.rows import (
     pairs_to_table,
     samples_to_table,
 )
-from logitlake_shared.shards import Shard, write_shard
+from logitlake_shared.shards import Shard, check_format_version, write_shard
 from logitlake_shared.store import ObjectStore, open_store
 
 __all__ = ["Cache", "Lake", "UnitResult", "spec_differences"]
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
+# Records read at once: an object store answers each in some ten milliseconds.
+_CONNECTIONS = 16
 # Bytes hashed at a time.
 _CHUNK_BYTES = 2**20
 
@@ -194,6 +198,11 @@ class Cache:
             )
         return record
 
+    def commits(self) -> tuple[CommitRecord, ...]:
+        """The commit records of all units, sorted by unit."""
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            return tuple(pool.map(self.commit, sorted(self.committed_units())))
+
     def quarantine(self, unit: str, reasons: Sequence[str]) -> QuarantineRecord:
         """Takes a damaged unit's commit record back: the unit is in the plan again, and a capture does it anew.
 
@@ -215,7 +224,7 @@ class Cache:
 
     def snapshot(self) -> Snapshot:
         """Pins all units committed now as the next snapshot; the newest one again when nothing came since."""
-        commits = tuple(self.commit(unit) for unit in sorted(self.committed_units()))
+        commits = self.commits()
         while True:
             newest = self._newest_snapshot_number()
             if newest:
@@ -359,13 +368,13 @@ def _flat(document: dict[str, object], prefix: str = "") -> dict[str, object]:
 
 def _parse(cls: type[AnyRecord], data: bytes, where: str) -> AnyRecord:
     try:
-        record = cls.model_validate_json(data)
+        document = json.loads(data)
+        # Before its fields: a document of a later format may have others.
+        if isinstance(document, dict) and "format_version" in cls.model_fields:
+            check_format_version(str(document.get("format_version")), where)
+        return cls.model_validate(document)
     except ValidationError as error:
         problems = "; ".join(f"{problem['loc']}: {problem['msg']}" for problem in error.errors()[:3])
-        raise LakeFormatError(f"{where}: not a {cls.__name__} of format {FORMAT_VERSION}: {problems}") from None
-    version = getattr(record, "format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        raise LakeFormatError(
-            f"{where}: format version {version}, this release reads {FORMAT_VERSION}; use the release that wrote it"
-        )
-    return record
+    except ValueError as error:  # not JSON, or not UTF-8
+        problems = str(error)
+    raise LakeFormatError(f"{where}: not a {cls.__name__} of format {FORMAT_VERSION}: {problems}")

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from logitlake_schemas import COLUMNS, FORMAT_VERSION, Column, ShardKind, StoredError
 from logitlake_shared.errors import LakeCorruptError, LakeFormatError
 
-__all__ = ["FOOTER_PREFIX", "Shard", "write_shard"]
+__all__ = ["FOOTER_PREFIX", "Shard", "check_format_version", "write_shard"]
 
 FOOTER_PREFIX = "logitlake."
 _ZSTD_LEVEL = 3
@@ -102,11 +102,7 @@ class Shard:
         self.num_rows: int = metadata.num_rows
         self.group_rows: tuple[int, ...] = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         """rows of each row group"""
-        version = self.footer.get("format_version", "none")
-        if version != str(FORMAT_VERSION):
-            raise LakeFormatError(
-                f"{where}: format version {version}, this release reads {FORMAT_VERSION}; use the release that wrote it"
-            )
+        check_format_version(self.footer.get("format_version", "none"), where)
 
     def read(self, columns: Sequence[str] | None = None, group: int | None = None) -> pa.Table:
         """All rows, or those of one row group, on the calling thread. Raises `LakeCorruptError`."""
@@ -146,6 +142,15 @@ class Shard:
 
     def _corrupt(self, error: Exception) -> LakeCorruptError:
         return LakeCorruptError(f"{self._where}: not a readable shard: {error}; run `logitlake verify`")
+
+
+def check_format_version(version: str, where: str) -> None:
+    """Raises `LakeFormatError` naming both versions unless this release reads `version`."""
+    if version != str(FORMAT_VERSION):
+        raise LakeFormatError(
+            f"{where}: format version {version}, this release reads {FORMAT_VERSION}; install the release of logitlake "
+            "that wrote it, or a later one"
+        )
 
 
 def _footer(metadata: Any) -> dict[str, str]:
