@@ -82,9 +82,16 @@ class Lake:
 
     @classmethod
     def create(cls, uri: str | Path) -> "Lake":
-        """The lake at `uri`, made if nothing is there."""
-        store = open_store(uri)
-        store.put_new(layout.LAKE_MANIFEST, LakeManifest().to_bytes())
+        """The lake at `uri`, made if nothing is there.
+
+        Raises `LakeError` where the store has no conditional writes: two publishers would both believe that they won.
+        """
+        store, manifest = open_store(uri), LakeManifest().to_bytes()
+        if store.put_new(layout.LAKE_MANIFEST, manifest) and store.put_new(layout.LAKE_MANIFEST, manifest):
+            raise LakeError(
+                f"{uri}: the store created one object twice, so it ignores conditional writes (If-None-Match); a lake "
+                "cannot be written there safely. Use a store that has them, or a folder"
+            )
         return cls.of(store)
 
     @classmethod
