@@ -1,14 +1,14 @@
 """The configuration of the three commands: one strict tree each.
 
 `capture` and `plan` read `CaptureConfig`, `pairs` reads `PairsConfig`. Alternatives (engine, executor, data source)
-are unions on `type`. What ends up in the cache's fingerprint is decided in `spec.py`, not here: how many actors run,
-or in which folder the lake lies, changes no stored byte.
+are unions on `type`. What ends up in the cache's fingerprint is decided in `service.prepare`, not here: how many
+actors run, or in which folder the lake lies, changes no stored byte.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from logitlake_schemas.records import Codec, CodecPolicy
 from logitlake_shared.config import StrictModel
@@ -193,6 +193,15 @@ class CaptureConfig(_JobConfig):
     """the conversations, one `[[data]]` table a source"""
     codec: Codec = CodecPolicy()
     """what is kept of a token's distribution: `type = "topk"`, or `"sampled"` for engines that see all of it"""
+
+    @model_validator(mode="after")
+    def _engine_sees_what_is_drawn_from(self) -> Self:
+        if self.codec.type == "sampled" and self.engine.type == "vllm":
+            raise ValueError(
+                "codec.type is 'sampled', which draws from the full distribution; the engine 'vllm' returns the most "
+                "probable tokens only. Use engine.type='hf', or codec.type='topk'"
+            )
+        return self
 
 
 class PairsConfig(_JobConfig):

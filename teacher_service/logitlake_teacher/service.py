@@ -63,7 +63,10 @@ def prepare(config: CaptureConfig | PairsConfig) -> Prepared:
     if isinstance(config, CaptureConfig):
         kind: CacheKind = "samples"
         codec: Codec = config.codec
-        _check_codec(config, renderer)
+        if isinstance(codec, CodecPolicy) and codec.k_max > renderer.vocab_size:
+            raise ConfigError(
+                f"codec.k_max is {codec.k_max}, but the teacher's tokenizer has {renderer.vocab_size} tokens; lower it"
+            )
         plan = plan_samples(config.data, renderer, config.plan.unit_tokens)
     else:
         kind, codec = "pairs", PAIRS_CODEC
@@ -86,20 +89,6 @@ def prepare(config: CaptureConfig | PairsConfig) -> Prepared:
         dataset=plan.dataset,
     )
     return Prepared(kind, plan, spec, setup)
-
-
-def _check_codec(config: CaptureConfig, renderer: Renderer) -> None:
-    if isinstance(config.codec, SampledPolicy):
-        if config.engine.type == "vllm":
-            raise ConfigError(
-                "codec.type is 'sampled', which draws from the full distribution; the engine 'vllm' returns the most "
-                "probable tokens only. Use engine.type='hf', or codec.type='topk'"
-            )
-    elif config.codec.k_max > renderer.vocab_size:
-        raise ConfigError(
-            f"codec.k_max is {config.codec.k_max}, but the teacher's tokenizer has {renderer.vocab_size} tokens; "
-            "lower it"
-        )
 
 
 def open_cache(config: CaptureConfig | PairsConfig, prepared: Prepared) -> Cache:

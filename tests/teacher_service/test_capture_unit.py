@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitlake_schemas import CaptureSpec, CodecPolicy
+from logitlake_schemas import CaptureSpec, CodecPolicy, SampledPolicy
 from logitlake_shared.errors import DataError
 from logitlake_shared.lake import Cache, Lake
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
+from logitlake_shared.verify import verify_cache
 from logitlake_teacher.capture import capture_unit
 from logitlake_teacher.config import FakeEngineConfig, LlavaSource
 from logitlake_teacher.engines import EngineSetup, ScoredSample, build_engine, identify_engine
@@ -80,6 +81,27 @@ def test_the_lake_holds_what_the_teacher_said(bench: Bench) -> None:
             labels_T = truth_TV[np.arange(len(truth_TV)), sample.response_ids]
             np.testing.assert_allclose(rows.label_logprob_T, labels_T, rtol=1e-6)
     assert not stored
+
+
+def test_the_lake_holds_the_counts_of_the_draws(bench: Bench) -> None:
+    """With the codec `sampled`, a unit holds the counts of N draws, is sound, and says that it has no stored error."""
+    policy = SampledPolicy(type="sampled", draws=20, seed=1)
+    setup = replace(bench.setup, sampled=policy)
+    lake = Lake.create(bench.folder / "lake")
+    cache = lake.create_cache("draws", bench.spec.model_copy(update={"codec": policy}))
+    engine = build_engine(FakeEngineConfig(), setup)
+    for unit in bench.plan.units:
+        record = capture_unit(engine, unit, cache, {})
+        assert record.stored_error is not None
+        assert record.stored_error.kl_mean is None
+        assert list(verify_cache(cache, record)) == []
+    cache.snapshot()
+    dataset = LakeDataset(bench.folder / "lake", "draws")
+    for position in range(len(dataset)):
+        rows = dataset[position].rows
+        counts = np.rint(np.exp(rows.topk_logprobs.astype(np.float64)) * policy.draws)
+        starts_T = np.cumsum(rows.k_T, dtype=np.int64) - rows.k_T
+        assert np.add.reduceat(counts, starts_T).tolist() == [policy.draws] * len(rows.k_T)
 
 
 class _Image:

@@ -1,10 +1,12 @@
 """Every configuration that ships loads; every mistake in one is refused by name."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 import logitlake_teacher
+from logitlake_schemas import SampledPolicy
 from logitlake_shared.config import load_config, to_toml
 from logitlake_shared.errors import ConfigError
 from logitlake_teacher.config import CaptureConfig, HfEngineConfig, PairsConfig, RayExecutorConfig
@@ -29,6 +31,22 @@ def test_alternatives_are_chosen_by_type() -> None:
     assert isinstance(config.executor, RayExecutorConfig)
     with pytest.raises(ConfigError, match="num_actors"):
         load_config(CaptureConfig, CONFIGS[1], ["executor.type=inline"])
+
+
+def test_the_codec_is_chosen_by_type_and_must_suit_the_engine(tmp_path: Path) -> None:
+    """`codec.type=sampled` has keys of its own, and an engine that sees the most probable tokens only refuses it."""
+    with pytest.raises(ConfigError, match="k_max"):
+        load_config(CaptureConfig, CONFIGS[1], ["codec.type=sampled"])
+    text = CONFIGS[1].read_text(encoding="utf-8")
+    sampled = tmp_path / "sampled.toml"
+    sampled.write_text(
+        re.sub(r"\[codec\]\n(\w.*\n)+", '[codec]\ntype = "sampled"\ndraws = 30\n', text), encoding="utf-8"
+    )
+    assert load_config(CaptureConfig, sampled).codec == SampledPolicy(type="sampled", draws=30)
+    vllm = CONFIGS[0].read_text(encoding="utf-8")
+    sampled.write_text(re.sub(r"\[codec\]\n(\w.*\n)+", '[codec]\ntype = "sampled"\n', vllm), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"codec\.type is 'sampled'.*'vllm' returns the most probable"):
+        load_config(CaptureConfig, sampled)
 
 
 @pytest.mark.parametrize(
