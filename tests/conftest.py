@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -44,12 +44,14 @@ def make_png(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def make_teacher_rows(num_tokens: int, k: int, seed: int, vocab_size: int = VOCAB_SIZE) -> TeacherRows:
+def make_teacher_rows(
+    num_tokens: int, k: int, seed: int, vocab_size: int = VOCAB_SIZE, labels: Sequence[int] | None = None
+) -> TeacherRows:
     """A seeded teacher: the k best of a full distribution over `vocab_size`, with the exact tail."""
     logits_TV = np.random.default_rng(seed).normal(scale=3, size=(num_tokens, vocab_size))
     logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(1, keepdims=True))
     order_TV = np.argsort(-logprobs_TV, axis=1)
-    labels_T = np.arange(num_tokens) % vocab_size
+    labels_T = np.arange(num_tokens) % vocab_size if labels is None else np.array(labels)
     topk_ids_TK = order_TV[:, :k]
     tail_T = np.exp(np.take_along_axis(logprobs_TV, order_TV[:, k:], 1)).sum(1)
     with np.errstate(divide="ignore"):
@@ -99,7 +101,7 @@ def make_unit() -> Callable[..., UnitResult]:
         samples, captured = [], []
         for place in range(num_samples):
             seed = 10 * number + place
-            rows = make_teacher_rows(4, policy.k_max, seed)
+            rows = make_teacher_rows(4, policy.k_max, seed, labels=(7, 8, 9, EOS_ID))
             stored = encode(rows, policy)
             captured.append(rows)
             samples.append(

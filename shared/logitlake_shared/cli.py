@@ -1,19 +1,29 @@
-"""The `logitlake` command: look at a lake, ask it questions in SQL, check it. Never changes it."""
+"""The `logitlake` command: look at a lake and ask it questions. What checks and changes a lake is in `cli_care`.
 
+Each command imports what it needs when it runs, so that `--help` is instant and the base install stays light.
+"""
+
+import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from logitlake_shared.cli_support import progress, run_cli
-from logitlake_shared.errors import ConfigError, LakeCorruptError
+from logitlake_shared.cli_care import diff, gc, rebuild, verify
+from logitlake_shared.cli_support import run_cli
+from logitlake_shared.errors import QueryError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from logitlake_shared.stats import By, CacheStats
 
 __all__ = ["main"]
 
 _LAKE = click.argument("lake", metavar="LAKE")
+_CACHE = click.option("--cache", metavar="NAME", help="Only this cache.  [default: all of the lake]")
+_TABLE_OR_JSON = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_VIEWS = "samples, tokens, topk, pairs, images, shards, caches, errors"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,13 +34,21 @@ def cli() -> None:
 
 @cli.command()
 @_LAKE
-def ls(lake: str) -> None:
-    """The caches of a lake: teacher, rows, tokens, bytes per token, stored error."""
+@_TABLE_OR_JSON
+def ls(lake: str, output: str) -> None:
+    """The caches of a lake: teacher, rows, tokens, bytes per token, stored error.
+
+    \b
+    logitlake ls runs/demo/lake
+    """
     from logitlake_shared.catalog import open_catalog
+    from logitlake_shared.cli_output import show_records, write
 
     with open_catalog(lake) as catalog:
-        answer = catalog.query("SELECT * REPLACE (fingerprint[:16] AS fingerprint) FROM caches ORDER BY cache")
-    _show_records(answer)
+        if output == "json":
+            write(catalog.query("SELECT * FROM caches ORDER BY cache"), "json", None)
+        else:
+            show_records(catalog.query("SELECT * REPLACE (fingerprint[:16] AS fingerprint) FROM caches ORDER BY cache"))
 
 
 @cli.command()
@@ -39,123 +57,136 @@ def ls(lake: str) -> None:
 @click.option(
     "-o",
     "--output",
-    type=click.Choice(["table", "json", "csv", "parquet"]),
-    default="table",
-    show_default=True,
-    help="json is one object a line; parquet needs --to.",
+    type=click.Choice(["table", "json", "csv", "parquet", "arrow"]),
+    help="json is one object a line, arrow an IPC stream.  [default: by the name of --to, else table]",
 )
-@click.option("--to", type=click.Path(dir_okay=False), help="Write to this file instead of the terminal.")
-def sql(lake: str, query: str, output: str, to: str | None) -> None:
-    """Answer one SQL QUERY over samples, tokens, topk, pairs, images, shards, caches, errors.
+@click.option("--to", type=_FILE, metavar="FILE", help="Write to this file; it appears whole or not at all.")
+@click.option(
+    "--rows", type=click.IntRange(0), default=100, show_default=True, help="Rows that a terminal shows; 0 is all."
+)
+def sql(lake: str, query: str, output: str | None, to: Path | None, rows: int) -> None:
+    """Answer one SQL QUERY; `-` reads it from standard input.
+
+    Views: samples, tokens, topk, pairs, images, shards, caches, errors. `DESCRIBE tokens` lists a view's columns.
 
     \b
     logitlake sql runs/demo/lake "SELECT task, avg(entropy) FROM tokens GROUP BY task"
+    logitlake sql runs/demo/lake "SELECT * FROM tokens" --to tokens.parquet
     """
     from logitlake_shared.catalog import open_catalog
+    from logitlake_shared.cli_output import format_of, write
 
+    started = time.perf_counter()
     with open_catalog(lake) as catalog:
-        answer = catalog.query(query)
-    if output == "parquet":
-        _write_parquet(answer, to)
-    elif output == "table" and to is None:
-        _show_table(answer)
-    else:
-        text = _as_csv(answer) if output == "csv" else _as_json_lines(answer)
-        if to is None:
-            click.echo(text, nl=False)
-        else:
-            Path(to).write_text(text, encoding="utf-8")
+        try:
+            answer = catalog.query(sys.stdin.read() if query == "-" else query)
+        except QueryError as error:
+            raise QueryError(f"{error}\nThe views are {_VIEWS}; `DESCRIBE tokens` lists a view's columns") from error
+    seconds = time.perf_counter() - started
+    write(answer, format_of(output, to), to, limit=rows)
+    if sys.stderr.isatty():
+        count = f"{answer.num_rows:,} row{'' if answer.num_rows == 1 else 's'}"
+        click.echo(f"{count} in {seconds:.2f} s{f', written to {to}' if to else ''}", err=True)
 
 
 @cli.command()
 @_LAKE
-def verify(lake: str) -> None:
-    """Check every committed byte and the laws of every row; exit code 2 when something is wrong."""
-    from logitlake_shared.lake import Lake
-    from logitlake_shared.verify import verify_cache
+@click.argument("sample")
+@click.option("--cache", metavar="NAME", help="The cache to look in.  [default: the first that holds SAMPLE]")
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    envvar="LOGITLAKE_TOKENIZER",
+    show_envvar=True,
+    help="The teacher's model folder, to see text and not ids.",
+)
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Choices shown for each token.")
+@click.option("--save-images", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Keep its images.")
+@_TABLE_OR_JSON
+def inspect(
+    lake: str,
+    sample: str,
+    cache: str | None,
+    tokenizer: Path | None,
+    top: int,
+    save_images: Path | None,
+    output: str,
+) -> None:
+    """Show one SAMPLE, or one pair: what was asked, what was answered, what the teacher thought of every token.
 
-    opened = Lake.open(lake)
-    work = [
-        (cache, commit)
-        for name in opened.cache_names()
-        if (cache := opened.cache(name)).has_snapshot()
-        for commit in cache.open_snapshot().commits
-    ]
-    findings = []
-    with progress("verify", len(work), "units") as advance:
-        for cache, commit in work:
-            findings += list(verify_cache(cache, commit))
-            advance(1, problems=len(findings))
-    for finding in findings:
-        click.echo(f"{finding.path or finding.unit}: {finding.problem}", err=True)
-    if findings:
-        raise LakeCorruptError(f"{lake}: {len(findings)} problems in {len({f.unit for f in findings})} units")
-    click.echo(f"{lake}: {len(work)} units verified, no problem found")
+    \b
+    logitlake inspect runs/demo/lake train-00145-0-caption --tokenizer examples/digit_scenes/models/teacher
+    """
+    from dataclasses import asdict
+
+    from logitlake_shared.cli_output import to_json
+    from logitlake_shared.inspect_sample import find_sample, view_sample
+    from logitlake_shared.inspect_text import print_sample
+    from logitlake_shared.lake import Lake
+    from logitlake_shared.token_text import find_token_text
+
+    place = find_sample(Lake.open(lake), sample, cache)
+    decode, note = find_token_text(place.cache.spec, tokenizer)
+    view = view_sample(place, decode, note, top=top, save_to=save_images)
+    if output == "json":
+        click.echo(to_json(asdict(view), indent=2))
+    else:
+        print_sample(view, place.also_in)
+
+
+@cli.command()
+@_LAKE
+@_CACHE
+@click.option("--by", type=click.Choice(["task", "source", "split"]), default="task", show_default=True)
+@click.option("--html", type=_FILE, metavar="FILE", help="Also as one page without scripts.")
+@click.option("--png", type=_FILE, metavar="FILE", help="Also as a picture; needs matplotlib, the extra `plot`.")
+@_TABLE_OR_JSON
+def stats(lake: str, cache: str | None, by: "By", html: Path | None, png: Path | None, output: str) -> None:
+    """How sure the teacher was, what share of it is stored, how far it agrees with the labels.
+
+    Entropy in nats, mean and percentiles; tail mass is the probability outside the stored entries; perplexity is
+    that of the labels under the teacher.
+
+    \b
+    logitlake stats runs/demo/lake --cache main --by task --html stats.html
+    """
+    from logitlake_shared.catalog import open_catalog
+    from logitlake_shared.stats import lake_stats
+
+    with open_catalog(lake) as catalog:
+        found = lake_stats(catalog, cache, by)
+    _print_stats(found, output)
+    if html is not None:
+        from logitlake_shared.stats_page import save_html
+
+        save_html(lake, found, html)
+        click.echo(f"page: {html}", err=True)
+    if png is not None:
+        from logitlake_shared.stats_plot import save_png
+
+        save_png(found, png)
+        click.echo(f"picture: {png}", err=True)
+
+
+def _print_stats(found: "list[CacheStats]", output: str) -> None:
+    if output == "json":
+        from dataclasses import asdict
+
+        from logitlake_shared.cli_output import to_json
+
+        for one in found:
+            click.echo(to_json(asdict(one)))
+    else:
+        from logitlake_shared.stats_text import print_stats
+
+        print_stats(found)
+
+
+for command in (verify, diff, gc, rebuild):
+    cli.add_command(command)
 
 
 def main() -> None:
     """Entry point of the console script."""
     run_cli(cli)
-
-
-def _show_table(table: "pa.Table") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(box=box.SIMPLE_HEAD)
-    for field in table.schema:
-        numeric = str(field.type).startswith(("int", "uint", "float", "double", "decimal"))
-        shown.add_column(field.name, justify="right" if numeric else "left", overflow="fold")
-    for row in table.to_pylist():
-        shown.add_row(*(_cell(value) for value in row.values()))
-    Console().print(shown)
-
-
-def _show_records(table: "pa.Table") -> None:
-    """The table turned on its side, one column a record: wide records stay readable on a narrow terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    head, *fields = table.schema.names
-    records = table.to_pylist()
-    shown = Table(head, *(record[head] for record in records), box=box.SIMPLE_HEAD)
-    for field in fields:
-        shown.add_row(field, *(_cell(record[field]) for record in records))
-    Console().print(shown)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, bytes):
-        return f"<{len(value)} bytes>"
-    return str(value)
-
-
-def _as_csv(table: "pa.Table") -> str:
-    import csv
-    import io
-
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(table.schema.names)
-    writer.writerows(row.values() for row in table.to_pylist())
-    return buffer.getvalue()
-
-
-def _as_json_lines(table: "pa.Table") -> str:
-    import json
-
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table.to_pylist())
-
-
-def _write_parquet(table: "pa.Table", to: str | None) -> None:
-    import pyarrow.parquet as pq
-
-    if to is None:
-        raise ConfigError("--output parquet needs --to FILE; a Parquet file is not for the terminal")
-    pq.write_table(table, to)

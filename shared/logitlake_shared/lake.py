@@ -49,7 +49,7 @@ from logitlake_shared.rows import (
     pairs_to_table,
     samples_to_table,
 )
-from logitlake_shared.shards import Shard, check_format_version, write_shard
+from logitlake_shared.shards import Shard, check_format_version, read_error, write_shard
 from logitlake_shared.store import ObjectStore, open_store
 
 __all__ = ["Cache", "Lake", "UnitResult", "spec_differences"]
@@ -271,9 +271,16 @@ class Cache:
                 f"{where}: committed but missing; restore it, or let `logitlake verify --repair` return its unit to "
                 "the plan"
             )
-        if verify:
-            _verify(source, entry, where)
-        return Shard(source, where)
+        try:
+            if verify:
+                _verify(source, entry, where)
+            return Shard(source, where)
+        except OSError as error:
+            source.close()
+            raise read_error(where, error) from error
+        except LakeError:
+            source.close()
+            raise
 
     def read(self, entry: ShardEntry, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of a committed shard, its length and sha256 verified. Raises `LakeCorruptError`."""
@@ -344,7 +351,6 @@ def _verify(source: BinaryIO, entry: ShardEntry, where: str) -> None:
         digest.update(chunk)
         length += len(chunk)
     if length != entry.bytes or digest.hexdigest() != entry.sha256:
-        source.close()
         raise LakeCorruptError(
             f"{where}: expected {entry.bytes} bytes with sha256 {entry.sha256}, got {length} bytes with "
             f"{digest.hexdigest()}; restore the file from a copy, or let `logitlake verify --repair` return its unit "

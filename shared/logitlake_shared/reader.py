@@ -12,6 +12,7 @@ written to, and keep their group in memory as long as they live.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -24,15 +25,18 @@ from logitlake_schemas import COLUMNS, CacheKind, CaptureSpec, CommitRecord, Sha
 from logitlake_shared.batches import Batches
 from logitlake_shared.errors import ConfigError, DataError, LakeCorruptError, LakeError
 from logitlake_shared.lake import Cache, Lake
-from logitlake_shared.order import WINDOW_TOKENS, Layout
+from logitlake_shared.order import Layout
 from logitlake_shared.row_groups import RowGroups
 from logitlake_shared.rows import LakePair, LakeSample, PairViews, SampleViews
 from logitlake_shared.shard_copies import ShardCopies
 
-__all__ = ["HELD_BYTES", "LakeDataset", "PairDataset"]
+__all__ = ["HELD_BYTES", "WINDOW_BYTES", "LakeDataset", "PairDataset"]
 
-# Decoded row groups in memory: two windows of the default order at k = 32, and room to spare.
+# Decoded row groups in memory: two windows of the default order, and room to spare.
 HELD_BYTES = 2**30
+# Stored bytes of a window of the order: about 800,000 tokens and a quarter of a gigabyte decoded, at 78 bytes a token.
+# Far more items than a batch holds, so that neighbours in a row group are strangers in the order.
+WINDOW_BYTES = 2**26
 # An object store answers a small request in some tens of milliseconds, whatever the number of requests.
 _INDEX_THREADS = 16
 
@@ -54,6 +58,7 @@ class _SnapshotDataset(Generic[Item]):
         split: str | None = None,
         tasks: Sequence[str] | None = None,
         snapshot: int | None = None,
+        window_bytes: int = WINDOW_BYTES,
         held_bytes: int = HELD_BYTES,
         copies: ShardCopies | None = None,
     ) -> None:
@@ -67,6 +72,9 @@ class _SnapshotDataset(Generic[Item]):
         pinned = self._cache.open_snapshot(snapshot)
         self.snapshot = pinned.number
         self._commits: tuple[CommitRecord, ...] = tuple(pinned.commits)
+        shards = [entry for commit in self._commits for entry in commit.shards if entry.kind == self.kind]
+        tokens, stored_bytes = sum(entry.tokens for entry in shards), sum(entry.bytes for entry in shards)
+        self._window_tokens = max(1, tokens * window_bytes // max(1, stored_bytes))
         self._read_index(split, tasks)
         if not len(self):
             raise DataError(
@@ -135,7 +143,7 @@ class _SnapshotDataset(Generic[Item]):
     @property
     def layout(self) -> Layout:
         """Where the items lie and how long they are: what the order of an epoch is made from."""
-        return Layout(self._number_P, self.num_tokens)
+        return Layout(self._number_P, self.num_tokens, self._window_tokens)
 
     def batches(
         self,
@@ -144,7 +152,6 @@ class _SnapshotDataset(Generic[Item]):
         batch_size: int | None = None,
         max_tokens: int | None = None,
         by_length: bool = False,
-        window_tokens: int = WINDOW_TOKENS,
         drop_last: bool = False,
     ) -> Batches:
         """The global batches of every epoch of this dataset; see `Batches`."""
@@ -154,7 +161,6 @@ class _SnapshotDataset(Generic[Item]):
             batch_size=batch_size,
             max_tokens=max_tokens,
             by_length=by_length,
-            window_tokens=window_tokens,
             drop_last=drop_last,
         )
 
@@ -250,27 +256,25 @@ class _SnapshotDataset(Generic[Item]):
             yield _one_batch(table if len(rows) == table.num_rows else table.take(rows), names)
 
     def _rows_as_batch(self, positions: npt.NDArray[np.int64], names: list[str]) -> pa.RecordBatch:
-        groups = self._row_groups()
-
-        def read(number: int) -> tuple[pa.Table, int]:
-            table = self._group_table(groups, number, names)
-            return table, table.get_total_buffer_size()
-
-        numbers, parts, first_rows = np.unique(self._number_P[positions]), [], []
-        for number in numbers.tolist():
+        groups, parts, places = self._row_groups(), [], []
+        for number in np.unique(self._number_P[positions]).tolist():
             here = np.flatnonzero(self._number_P[positions] == number)
-            table = groups.held(("table", number, *names), lambda number=number: read(number))
+            table = groups.held(("table", number, *names), partial(self._held_table, groups, number, names))
             parts.append(table.take(self._place_P[positions[here]]))
-            first_rows.append(here)
-        back = np.argsort(np.concatenate(first_rows))
-        return _one_batch(pa.concat_tables(parts).take(back), names)
+            places.append(here)
+        return _one_batch(pa.concat_tables(parts).take(np.argsort(np.concatenate(places))), names)
+
+    def _held_table(self, groups: RowGroups, number: int, names: list[str]) -> tuple[pa.Table, int]:
+        table = self._group_table(groups, number, names)
+        return table, table.get_total_buffer_size()
 
 
 class LakeDataset(_SnapshotDataset[LakeSample]):
     """The captured samples of a cache: `len(dataset)`, `dataset[i]`. `spec` says who captured them and how.
 
-    `lake` is a folder, an address or an open lake. `held_bytes` bounds the decoded row groups in memory; `copies` is
-    where the shards of an object store are kept on the local disk.
+    `lake` is a folder, an address or an open lake. `window_bytes` of stored rows are shuffled together (`layout`);
+    `held_bytes` bounds the decoded row groups in memory and should be eight times as much; `copies` is where the
+    shards of an object store are kept on the local disk.
     """
 
     kind = "samples"

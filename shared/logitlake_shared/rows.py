@@ -177,7 +177,7 @@ class _Views:
     """The rows of a table, columnar: an item is made when it is asked for, its arrays are views."""
 
     def __init__(self, table: pa.Table) -> None:
-        self._num_rows = table.num_rows
+        self._num_rows: int = table.num_rows
         self._columns = {name: _column(table.column(name)) for name in table.schema.names}
         self.num_bytes: int = table.get_total_buffer_size()
 

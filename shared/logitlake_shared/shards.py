@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from logitlake_schemas import COLUMNS, FORMAT_VERSION, Column, ShardKind, StoredError
-from logitlake_shared.errors import LakeCorruptError, LakeFormatError
+from logitlake_shared.errors import LakeCorruptError, LakeError, LakeFormatError
 
-__all__ = ["FOOTER_PREFIX", "Shard", "check_format_version", "write_shard"]
+__all__ = ["FOOTER_PREFIX", "Shard", "check_format_version", "read_error", "write_shard"]
 
 FOOTER_PREFIX = "logitlake."
 _ZSTD_LEVEL = 3
@@ -95,7 +95,7 @@ class Shard:
         try:
             self._file = pq.ParquetFile(source, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
-            raise self._corrupt(error) from error
+            raise read_error(self._where, error) from error
         metadata = self._file.metadata
         self.footer = _footer(metadata)
         """the keys of `write_shard`, without their prefix"""
@@ -112,7 +112,7 @@ class Shard:
                 return self._file.read(columns=wanted, use_threads=False)
             return self._file.read_row_group(group, columns=wanted, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise self._corrupt(error) from error
+            raise read_error(self._where, error) from error
 
     def index(self) -> pa.Table:
         """What a shard of samples or pairs holds, one row a row of it, from a read of its smallest columns.
@@ -140,8 +140,12 @@ class Shard:
         """Closes the source."""
         self._file.close(force=True)
 
-    def _corrupt(self, error: Exception) -> LakeCorruptError:
-        return LakeCorruptError(f"{self._where}: not a readable shard: {error}; run `logitlake verify`")
+
+def read_error(where: str, error: Exception) -> LakeError:
+    """What a failed read of `where` means: the system could not read (it has an errno), or the bytes are wrong."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return LakeError(f"{where}: reading failed: {error}; nothing says that the bytes are wrong: try again")
+    return LakeCorruptError(f"{where}: not a readable shard: {error}; run `logitlake verify`")
 
 
 def check_format_version(version: str, where: str) -> None:

@@ -1,99 +1,283 @@
-"""Checks a lake against its own records: every committed byte, every invariant of every row.
+"""Checks a lake against its own records, and returns what is damaged to the plan.
 
-What a snapshot promises is checked in the order in which it can break: the file is there with the recorded length
-and sha256, its pages carry the right checksums, its rows number what the record says, each row obeys the format's
-laws, and every image that a row names is stored.
+What is promised is checked in the order in which it can break. Of every file of every unit: it is there, and as long
+as its record says. Of every unit that is checked in full: the sha256 of its bytes, the checksums of its pages, its
+footer, the laws of its rows (`row_laws`), its images and the figures of its record. Of a cache: every snapshot names
+the units' own commit records, or records that a quarantine took back; no id occurs twice. Of the lake: the published
+catalog says what the records say.
+
+Repair touches one thing, the commit record of a damaged unit: it is taken back, kept in a quarantine record, and the
+next capture does the unit again.
 """
 
-from collections.abc import Iterator
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from logitlake_schemas import CodecPolicy, CommitRecord
-from logitlake_shared.errors import LakeError
-from logitlake_shared.lake import Cache
-from logitlake_shared.rows import LakePair, LakeSample, images_from_table, pairs_from_table, samples_from_table
-from logitlake_shared.topk import MASS_TOLERANCE
+from logitlake_schemas import CommitRecord, QuarantineRecord, ShardEntry, Snapshot, layout, sha256_hex
+from logitlake_shared.errors import FingerprintMismatchError, LakeError
+from logitlake_shared.lake import Cache, Lake
+from logitlake_shared.row_laws import Broken, check_pairs, check_samples
 
-__all__ = ["Finding", "verify_cache"]
+__all__ = ["CacheCheck", "Finding", "chosen_units", "quarantine_damaged", "verify_unit"]
+
+# Figures of a record are float64 sums over float32 rows, made in another order.
+_FIGURE_TOLERANCE = 1e-4
+_MAX_REASONS = 20
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be."""
+    """One thing that is not as it should be. `unit` is empty where it is about the whole cache or lake."""
 
+    cache: str
     unit: str
     path: str
     problem: str
 
+    def __str__(self) -> str:
+        return f"{self.path or self.unit or self.cache or 'lake'}: {self.problem}"
 
-def verify_cache(cache: Cache, commit: CommitRecord) -> Iterator[Finding]:
-    """The findings of one unit; none when it is sound."""
-    stored_images: set[str] = set()
-    named_images: set[str] = set()
-    for entry in sorted(commit.shards, key=lambda entry: entry.kind):  # images come before the rows that name them
-        try:
-            table = cache.read(entry)
-        except LakeError as error:
-            yield Finding(commit.unit, entry.path, str(error))
-            continue
+
+class CacheCheck:
+    """The check of one cache, unit by unit: `records()` first, then `unit(name, full)` for each of `units`, then `ids()`.
+
+    Reads the commit records and snapshots once, and lists the cache's files once.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self._sizes = {
+            entry.name: entry.bytes
+            for prefix in layout.shard_prefixes(cache.name)
+            for entry in cache.store.entries(prefix)
+        }
+        self._commits: dict[str, CommitRecord] = {}
+        self._unreadable: list[Finding] = []
+        self._foreign = 0
+        for unit in sorted(cache.committed_units()):
+            try:
+                self._commits[unit] = cache.commit(unit)
+            except LakeError as error:
+                self._foreign += isinstance(error, FingerprintMismatchError)
+                self._unreadable.append(self._finding(unit, layout.commit_path(cache.name, unit), str(error)))
+        self._ids: list[tuple[str, npt.NDArray[np.uint64]]] = []
+
+    @property
+    def units(self) -> list[str]:
+        """The committed units whose record can be read, sorted."""
+        return sorted(self._commits)
+
+    def size(self, unit: str) -> int:
+        """Bytes of a unit."""
+        return sum(entry.bytes for entry in self._commits[unit].shards)
+
+    def records(self) -> Iterator[Finding]:
+        """Commit records and snapshots: each can be read, and they agree."""
+        if self._foreign and not self._commits:
+            # One changed file, not a thousand damaged units: nothing that taking records back would heal.
+            yield self._finding(
+                "",
+                layout.spec_path(self.cache.name),
+                f"has fingerprint {self.cache.fingerprint}, and all {self._foreign} commit records were written for "
+                "another; restore spec.json, or use the release that wrote the cache",
+            )
+            return
+        yield from self._unreadable
+        for unit, record in self._commits.items():
+            if record.unit != unit or record.cache != self.cache.name:
+                path = layout.commit_path(self.cache.name, unit)
+                yield self._finding(unit, path, f"is the record of unit {record.unit} of cache {record.cache}")
+        yield from self._snapshots()
+
+    def unit(self, unit: str, *, full: bool) -> Iterator[Finding]:
+        """One unit: the lengths of its files, and with `full` everything in them."""
+        record = self._commits[unit]
+        whole = True
+        for entry in record.shards:
+            there = self._sizes.get(entry.path)
+            if there != entry.bytes:
+                whole = False
+                problem = "committed but missing" if there is None else f"{there} bytes, the record says {entry.bytes}"
+                yield self._finding(unit, entry.path, problem)
+        if full and whole:
+            check = _UnitCheck(self.cache, record)
+            yield from check.findings()
+            self._ids.append((unit, check.ids))
+
+    def ids(self) -> Iterator[Finding]:
+        """No sample or pair occurs twice among the units that were checked in full."""
+        if not self._ids:
+            return
+        hashes = np.concatenate([ids for _, ids in self._ids])
+        owners = np.repeat(np.arange(len(self._ids)), [len(ids) for _, ids in self._ids])
+        order = np.argsort(hashes, kind="stable")
+        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+        for first, second in sorted({(int(owners[order[at]]), int(owners[order[at + 1]])) for at in same}):
+            unit, other = self._ids[second][0], self._ids[first][0]
+            where = "in it" if unit == other else f"in unit {other} too"
+            yield self._finding(unit, "", f"an id occurs twice: once here and once {where}")
+
+    def _snapshots(self) -> Iterator[Finding]:
+        numbers = []
+        removed = self._quarantined()
+        for path in self.cache.store.names(layout.snapshots_prefix(self.cache.name)):
+            try:
+                number = layout.snapshot_number(path)
+                snapshot = self.cache.open_snapshot(number)
+            except (LakeError, ValueError) as error:
+                yield self._finding("", path, str(error))
+                continue
+            numbers.append(number)
+            yield from self._snapshot(path, snapshot, removed)
+        missing = sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))
+        if missing:
+            yield self._finding("", "", f"snapshots {missing} are missing below snapshot {max(numbers)}")
+
+    def _snapshot(self, path: str, snapshot: Snapshot, removed: dict[str, list[bytes]]) -> Iterator[Finding]:
+        if snapshot.cache != self.cache.name or snapshot.spec_fingerprint != self.cache.fingerprint:
+            yield self._finding(
+                "", path, f"is a snapshot of cache {snapshot.cache} with spec {snapshot.spec_fingerprint[:16]}"
+            )
+        for record in snapshot.commits:
+            if record != self._commits.get(record.unit) and record.to_bytes() not in removed.get(record.unit, []):
+                there = "another commit record" if record.unit in self._commits else "no commit record"
+                yield self._finding(
+                    "", path, f"names unit {record.unit}, which has {there}, and no quarantine says why"
+                )
+
+    def _quarantined(self) -> dict[str, list[bytes]]:
+        """The commit records that were taken back, by unit."""
+        removed: dict[str, list[bytes]] = {}
+        for path in self.cache.store.names(layout.quarantine_prefix(self.cache.name)):
+            record = QuarantineRecord.model_validate_json(self.cache.store.get(path) or b"")
+            removed.setdefault(record.unit, []).append(record.commit.encode())
+        return removed
+
+    def _finding(self, unit: str, path: str, problem: str) -> Finding:
+        return Finding(self.cache.name, unit, path, problem)
+
+
+def chosen_units(units: Sequence[str], share: float, seed: int) -> set[str]:
+    """A seeded share of the units, at least one; the same for the same units and seed."""
+    ranked = sorted(units, key=lambda unit: hashlib.sha256(f"{seed}:{unit}".encode()).digest())
+    return set(ranked[: math.ceil(share * len(ranked))])
+
+
+def verify_unit(cache: Cache, record: CommitRecord) -> list[Finding]:
+    """Everything about one committed unit; nothing when it is sound."""
+    return list(_UnitCheck(cache, record).findings())
+
+
+def quarantine_damaged(lake: Lake, findings: Iterable[Finding]) -> dict[str, list[str]]:
+    """Takes the commit records of damaged units back and makes a new snapshot of each cache concerned.
+
+    Returns the units of each cache that are in the plan again. Findings that are about no unit stay.
+    """
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for finding in findings:
+        if finding.unit:
+            reasons.setdefault(finding.cache, {}).setdefault(finding.unit, []).append(str(finding))
+    returned = {}
+    for name, units in reasons.items():
+        cache = lake.cache(name)
+        for unit, why in sorted(units.items()):
+            cache.quarantine(unit, why[:_MAX_REASONS])
+        cache.snapshot()
+        returned[name] = sorted(units)
+    return returned
+
+
+class _UnitCheck:
+    """Everything about the content of one unit."""
+
+    def __init__(self, cache: Cache, record: CommitRecord) -> None:
+        self._cache, self._record = cache, record
+        self.ids: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
+        """64 bits of the hash of each row's id"""
+        self._stored_images: set[str] = set()
+        self._named_images: set[str] = set()
+
+    def findings(self) -> Iterator[Finding]:
+        for entry in self._record.shards:
+            try:
+                opened = self._cache.open(entry)
+                try:
+                    table, footer = opened.read(), opened.footer
+                finally:
+                    opened.close()
+            except LakeError as error:
+                yield self._finding(entry.path, str(error))
+                continue
+            for problem in self._shard(entry, table, footer):
+                yield self._finding(entry.path, problem)
+        for sha256 in sorted(self._named_images - self._stored_images):
+            yield self._finding("", f"image {sha256} is named by a row and stored nowhere in its unit")
+
+    def _shard(self, entry: ShardEntry, table: pa.Table, footer: dict[str, str]) -> Iterator[str]:
+        expected = {
+            "kind": entry.kind,
+            "cache": self._cache.name,
+            "unit": self._record.unit,
+            "spec_fingerprint": self._cache.fingerprint,
+        }
+        for key, value in expected.items():
+            if footer.get(key) != value:
+                yield f"its footer says {key} {footer.get(key)}, the record {value}"
         if table.num_rows != entry.rows:
-            yield Finding(commit.unit, entry.path, f"{table.num_rows} rows, the record says {entry.rows}")
+            yield f"{table.num_rows} rows, the record says {entry.rows}"
+        for column in table.schema.names:
+            if table.column(column).null_count:
+                yield f"column {column} holds {table.column(column).null_count} nulls"
+                return
         if entry.kind == "images":
-            stored_images |= {image.image_sha256 for image in images_from_table(table)}
-            continue
-        rows: list[LakeSample] | list[LakePair]
-        rows = samples_from_table(table) if entry.kind == "samples" else pairs_from_table(table)
-        for row in rows:
-            named_images |= set(row.image_sha256)
-            problems = _sample_problems(row, cache) if isinstance(row, LakeSample) else _pair_problems(row, cache)
-            row_id = row.sample_id if isinstance(row, LakeSample) else row.pair_id
-            for problem in problems:
-                yield Finding(commit.unit, entry.path, f"{row_id}: {problem}")
-    for sha256 in sorted(named_images - stored_images):
-        yield Finding(commit.unit, "", f"image {sha256} is named by a row and stored nowhere in its unit")
+            yield from self._images(table)
+        elif entry.kind == "samples":
+            yield from self._rows(table, entry, "sample_id", check_samples(table, self._cache.spec))
+        else:
+            yield from self._rows(table, entry, "pair_id", check_pairs(table, self._cache.spec))
 
+    def _rows(self, table: pa.Table, entry: ShardEntry, id_column: str, broken: list[Broken]) -> Iterator[str]:
+        ids = table.column(id_column).to_pylist()
+        hashes = b"".join(hashlib.blake2b(row_id.encode(), digest_size=8).digest() for row_id in ids)
+        self.ids = np.concatenate([self.ids, np.frombuffer(hashes, np.uint64)])
+        self._named_images |= set(pc.unique(pc.list_flatten(table.column("image_sha256"))).to_pylist())
+        for one in broken:
+            token, more = int(one.tokens[0]), len(one.rows) - 1
+            place = f"{ids[one.rows[0]]}: " + (f"token {token}: " if token >= 0 else "")
+            yield place + one.says + (f" ({more:,} more like it)" if more else "")
+        lists = ("response_ids",) if entry.kind == "samples" else ("chosen_ids", "rejected_ids")
+        tokens = sum(int(pc.sum(pc.list_value_length(table.column(name))).as_py() or 0) for name in lists)
+        if tokens != entry.tokens:
+            yield f"{tokens} response tokens, the record says {entry.tokens}"
+        if entry.kind == "samples" and not broken:
+            yield from self._figures(table)
 
-def _sample_problems(sample: LakeSample, cache: Cache) -> Iterator[str]:
-    rows, num_tokens = sample.rows, len(sample.response_ids)
-    tokenizer = cache.spec.tokenizer
-    if sum(sample.prompt_lengths) != len(sample.prompt_ids) or sum(sample.response_lengths) != num_tokens:
-        yield "segment lengths do not sum to the ids"
-        return
-    lengths = {len(getattr(rows, name)) for name in ("k_T", "label_logprob_T", "label_rank_T", "log_tail_mass_T")}
-    if lengths != {num_tokens} or int(rows.k_T.sum()) != len(rows.topk_ids) != len(rows.topk_logprobs):
-        yield "columns of different lengths"
-        return
-    ends = np.cumsum(sample.response_lengths) - 1
-    if not (sample.response_ids[ends] == tokenizer.eos_id).all():
-        yield "a response does not end with EOS"
-    if rows.topk_ids.size and not (rows.topk_ids.min() >= 0 and rows.topk_ids.max() < tokenizer.vocab_size):
-        yield f"a top-k id is outside the vocabulary of {tokenizer.vocab_size}"
-    if not np.isfinite(rows.topk_logprobs).all() or not np.isfinite(rows.label_logprob_T).all():
-        yield "a logprob is not finite"
-    stops = np.cumsum(rows.k_T.astype(np.int64))
-    for t, (start, stop) in enumerate(zip(stops - rows.k_T, stops, strict=True)):
-        ids, logprobs = rows.topk_ids[start:stop], rows.topk_logprobs[start:stop].astype(np.float64)
-        if len(np.unique(ids)) != len(ids):
-            yield f"token {t}: a top-k id occurs twice"
-        if (np.diff(logprobs) > 0).any():
-            yield f"token {t}: top-k not in falling order"
-        mass = np.exp(logprobs).sum() + np.exp(float(rows.log_tail_mass_T[t]))
-        # The grid moves each logprob by half a step at most: 1 % of head mass at the coarsest.
-        snapped = isinstance(cache.spec.codec, CodecPolicy) and cache.spec.codec.grid == "companded256"
-        if abs(mass - 1) > MASS_TOLERANCE + (0.01 if snapped else 0):
-            yield f"token {t}: top-k and tail sum to {mass:.5f}"
+    def _figures(self, table: pa.Table) -> Iterator[str]:
+        """What the writer measured, as far as the rows tell."""
+        error = self._record.stored_error
+        if error is None:
+            yield "the record has no figures of what storing cost"
+            return
+        k = pc.list_flatten(table.column("k")).to_numpy()
+        log_tail = pc.list_flatten(table.column("log_tail_mass")).to_numpy()
+        found = {"mean_k": float(k.mean()), "mean_stored_mass": float(1 - np.exp(log_tail.astype(np.float64)).mean())}
+        for name, value in found.items():
+            said = float(getattr(error, name))
+            if abs(value - said) > _FIGURE_TOLERANCE * max(abs(said), 1):
+                yield f"{name} is {value:.6g}, the record says {said:.6g}"
 
+    def _images(self, table: pa.Table) -> Iterator[str]:
+        for name, data in zip(table.column("image_sha256").to_pylist(), table.column("data"), strict=True):
+            self._stored_images.add(name)
+            if sha256_hex(data.as_py()) != name:
+                yield f"image {name}: its bytes have another sha256"
 
-def _pair_problems(pair: LakePair, cache: Cache) -> Iterator[str]:
-    for side, ids, logprobs in (
-        ("chosen", pair.chosen_ids, pair.chosen_logprobs),
-        ("rejected", pair.rejected_ids, pair.rejected_logprobs),
-    ):
-        if len(ids) != len(logprobs):
-            yield f"{side}: {len(ids)} tokens but {len(logprobs)} logprobs"
-        elif not len(ids) or int(ids[-1]) != cache.spec.tokenizer.eos_id:
-            yield f"{side} does not end with EOS"
-        elif not np.isfinite(logprobs).all() or (logprobs > 0).any():
-            yield f"{side}: a logprob is not finite or above 0"
+    def _finding(self, path: str, problem: str) -> Finding:
+        return Finding(self._cache.name, self._record.unit, path, problem)

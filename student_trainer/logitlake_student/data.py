@@ -21,6 +21,7 @@ from logitlake_schemas import CaptureSpec, sha256_hex
 from logitlake_shared.alignment import expand_images, interleave, predicting_rows
 from logitlake_shared.errors import FingerprintMismatchError, TrainingError
 from logitlake_shared.images import PixelLoader
+from logitlake_shared.order import Layout, epoch_order
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
 from logitlake_shared.rows import LakePair, LakeSample
@@ -74,14 +75,14 @@ def check_student_fits(spec: CaptureSpec, dataset: LakeDataset, renderer: Render
 
 
 class EpochOrder(torch.utils.data.Sampler[int]):
-    """Positions of `num_items` samples for a whole stage: one permutation after the other.
+    """Positions of the samples for a whole stage: one epoch of `logitlake_shared.order` after the other.
 
-    The order is a function of the seed and the epoch alone, from a counter-based generator; it does not depend on
-    workers or ranks, and step n of a resumed stage sees what step n of an uninterrupted one sees.
+    The order is a function of the lake's snapshot, the seed and the epoch; it does not depend on workers or ranks, and
+    step n of a resumed stage sees what step n of an uninterrupted one sees.
     """
 
-    def __init__(self, num_items: int, num_drawn: int, seed: int) -> None:
-        self._num_items, self._num_drawn, self._seed = num_items, num_drawn, seed
+    def __init__(self, layout: Layout, num_drawn: int, seed: int) -> None:
+        self._layout, self._num_drawn, self._seed = layout, num_drawn, seed
 
     def __len__(self) -> int:
         return self._num_drawn
@@ -89,9 +90,8 @@ class EpochOrder(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         drawn, epoch = 0, 0
         while drawn < self._num_drawn:
-            order = np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(self._num_items)
-            for position in order[: self._num_drawn - drawn]:
-                yield int(position)
+            order = epoch_order(self._layout, self._seed, epoch)
+            yield from order[: self._num_drawn - drawn].tolist()
             drawn, epoch = drawn + len(order), epoch + 1
 
 
@@ -217,15 +217,10 @@ class SampleCollator:
         )
         self.inputs.check_length(sequences, [f"sample {sample.sample_id}" for sample in samples])
         batch = _as_batch(sequences, self.inputs.pixels([image for sample in samples for image in sample.images]))
-        decoded = [decode(sample.rows) for sample in samples]
-        k = max(ids_TK.shape[1] for ids_TK, _, _ in decoded)
-        batch["topk_ids_RK"] = torch.from_numpy(
-            np.concatenate([_widen(ids_TK, k, 0) for ids_TK, _, _ in decoded]).astype(np.int64)
-        )
-        batch["topk_logprobs_RK"] = torch.from_numpy(
-            np.concatenate([_widen(logprobs_TK, k, -np.inf) for _, logprobs_TK, _ in decoded])
-        )
-        batch["log_tail_mass_R"] = torch.from_numpy(np.concatenate([log_tail_T for _, _, log_tail_T in decoded]))
+        ids_RK, logprobs_RK, log_tail_R = decode([sample.rows for sample in samples])
+        batch["topk_ids_RK"] = torch.from_numpy(ids_RK).long()
+        batch["topk_logprobs_RK"] = torch.from_numpy(logprobs_RK)
+        batch["log_tail_mass_R"] = torch.from_numpy(log_tail_R)
         return batch
 
 
@@ -269,7 +264,3 @@ def _as_batch(sequences: Sequences, pixels_NCHW: Tensor | None) -> Batch:
     if pixels_NCHW is not None:
         batch["pixel_values"] = pixels_NCHW
     return batch
-
-
-def _widen(array_TK: npt.NDArray[Any], k: int, fill: float) -> npt.NDArray[Any]:
-    return np.pad(array_TK, ((0, 0), (0, k - array_TK.shape[1])), constant_values=fill)

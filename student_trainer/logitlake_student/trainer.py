@@ -113,7 +113,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return EpochOrder(len(dataset), self._stage.steps * self._stage.batch_size, self._stage.seed)
+        return EpochOrder(dataset.layout, self._stage.steps * self._stage.batch_size, self._stage.seed)
 
     # ---- loss ----
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from logitlake_shared.images import PixelLoader, load_pixels
+from logitlake_shared.order import Layout
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
 from logitlake_student.data import EpochOrder
@@ -86,7 +87,7 @@ def train_beside_the_teacher(road: LiveRoad, teacher_dir: Path, student_dir: Pat
     warmup_steps = 1  # 0.03 of five steps, rounded up
     pixels = load_pixels(student_dir)
     ids = sorted(record["id"] for record in road.records.values() if record["split"] == "train")
-    order = list(EpochOrder(len(ids), STEPS * BATCH_SIZE, seed=0))
+    order = list(EpochOrder(Layout.of_one_group(len(ids)), STEPS * BATCH_SIZE, seed=0))
     losses = []
     for step in range(STEPS):
         if step < warmup_steps:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from logitlake_shared.errors import FingerprintMismatchError, TrainingError
 from logitlake_shared.images import load_pixels
+from logitlake_shared.order import Layout
 from logitlake_shared.reader import LakeDataset, PairDataset
 from logitlake_shared.rendering import Renderer
 from logitlake_student import data
@@ -60,7 +61,7 @@ def real_inputs(student_checkpoint: Path) -> StudentInputs:
 @pytest.mark.parametrize(("num_items", "num_drawn"), [(5, 13), (8, 8), (20, 3), (1, 4)])
 def test_the_order_is_one_permutation_after_another(num_items: int, num_drawn: int) -> None:
     """Exactly `num_drawn` positions; each whole epoch holds every sample once, a part of one holds none twice."""
-    order = EpochOrder(num_items, num_drawn, seed=3)
+    order = EpochOrder(Layout.of_one_group(num_items), num_drawn, seed=3)
     drawn = list(order)
     assert len(drawn) == len(order) == num_drawn
     for start in range(0, num_drawn, num_items):
@@ -71,10 +72,11 @@ def test_the_order_is_one_permutation_after_another(num_items: int, num_drawn: i
 
 def test_the_order_depends_on_seed_and_epoch_only() -> None:
     """The same again, however much is drawn; another for another seed and in another epoch."""
-    long = list(EpochOrder(10, 30, seed=1))
-    assert list(EpochOrder(10, 17, seed=1)) == long[:17]
+    layout = Layout.of_one_group(10)
+    long = list(EpochOrder(layout, 30, seed=1))
+    assert list(EpochOrder(layout, 17, seed=1)) == long[:17]
     assert long[:10] != long[10:20]
-    assert list(EpochOrder(10, 10, seed=2)) != long[:10]
+    assert list(EpochOrder(layout, 10, seed=2)) != long[:10]
 
 
 # ---- alignment ----
