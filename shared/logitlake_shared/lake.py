@@ -8,6 +8,7 @@ record names, and the unit is done again.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -49,7 +50,7 @@ from logitlake_shared.rows import (
     pairs_to_table,
     samples_to_table,
 )
-from logitlake_shared.shards import Shard, check_format_version, read_error, write_shard
+from logitlake_shared.shards import Shard, check_format_version, footer_of, read_error, write_shard
 from logitlake_shared.store import ObjectStore, open_store
 
 __all__ = ["Cache", "Lake", "UnitResult", "spec_differences"]
@@ -231,9 +232,11 @@ class Cache:
 
     def snapshot(self) -> Snapshot:
         """Pins all units committed now as the next snapshot; the newest one again when nothing came since."""
-        commits = self.commits()
         while True:
+            # In this order: what snapshot N names was committed before N was made, so a list made after N was seen
+            # holds all of it, and no snapshot says less than the one before.
             newest = self._newest_snapshot_number()
+            commits = self.commits()
             if newest:
                 latest = self.open_snapshot(newest)
                 if latest.commits == commits:
@@ -261,8 +264,9 @@ class Cache:
     def open(self, entry: ShardEntry, *, verify: bool = True) -> Shard:
         """A committed shard, read as its rows are asked for; close it.
 
-        With `verify` its length and the sha256 of all its bytes are compared with the record first; without, the
-        checksum of each page that is read still is. Raises `LakeCorruptError`, `LakeFormatError`.
+        With `verify` its length and the sha256 of all its bytes are compared with the record first; without, its
+        length and its footer are, and the checksum of each page that is read. Raises `LakeCorruptError`,
+        `LakeFormatError`, and `LakeError` where the store cannot read.
         """
         where = f"{self.store.uri}/{entry.path}"
         source = self.store.open(entry.path)
@@ -272,8 +276,7 @@ class Cache:
                 "the plan"
             )
         try:
-            if verify:
-                _verify(source, entry, where)
+            _verify(source, entry, where, whole=verify)
             return Shard(source, where)
         except OSError as error:
             source.close()
@@ -318,7 +321,17 @@ class Cache:
         digest = sha256_hex(data)
         name = layout.image_shard_path if kind == "images" else layout.shard_path
         path = name(self.name, result.unit, digest)
-        entry = ShardEntry(kind=kind, path=path, sha256=digest, bytes=len(data), rows=table.num_rows, tokens=tokens)
+        footer = footer_of(data)
+        entry = ShardEntry(
+            kind=kind,
+            path=path,
+            sha256=digest,
+            bytes=len(data),
+            footer_sha256=sha256_hex(footer),
+            footer_bytes=len(footer),
+            rows=table.num_rows,
+            tokens=tokens,
+        )
         return entry, data
 
     def _put_shard(self, entry: ShardEntry, data: bytes) -> None:
@@ -345,14 +358,17 @@ class Cache:
         return layout.snapshot_number(names[-1]) if names else 0
 
 
-def _verify(source: BinaryIO, entry: ShardEntry, where: str) -> None:
-    digest, length = hashlib.sha256(), 0
+def _verify(source: BinaryIO, entry: ShardEntry, where: str, *, whole: bool) -> None:
+    """Compares a shard, or its footer alone, with what the record says."""
+    length = source.seek(0, os.SEEK_END)
+    what, expected = ("", entry.sha256) if whole else ("a footer of ", entry.footer_sha256)
+    digest = hashlib.sha256()
+    source.seek(0 if whole else max(length - entry.footer_bytes, 0))
     while chunk := source.read(_CHUNK_BYTES):
         digest.update(chunk)
-        length += len(chunk)
-    if length != entry.bytes or digest.hexdigest() != entry.sha256:
+    if length != entry.bytes or digest.hexdigest() != expected:
         raise LakeCorruptError(
-            f"{where}: expected {entry.bytes} bytes with sha256 {entry.sha256}, got {length} bytes with "
+            f"{where}: expected {entry.bytes} bytes with {what}sha256 {expected}, got {length} bytes with "
             f"{digest.hexdigest()}; restore the file from a copy, or let `logitlake verify --repair` return its unit "
             "to the plan"
         )

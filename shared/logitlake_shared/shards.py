@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from logitlake_schemas import COLUMNS, FORMAT_VERSION, Column, ShardKind, StoredError
 from logitlake_shared.errors import LakeCorruptError, LakeError, LakeFormatError
 
-__all__ = ["FOOTER_PREFIX", "Shard", "check_format_version", "read_error", "write_shard"]
+__all__ = ["FOOTER_PREFIX", "Shard", "check_format_version", "footer_of", "read_error", "write_shard"]
 
 FOOTER_PREFIX = "logitlake."
 _ZSTD_LEVEL = 3
@@ -139,6 +139,11 @@ class Shard:
     def close(self) -> None:
         """Closes the source."""
         self._file.close(force=True)
+
+
+def footer_of(data: bytes) -> bytes:
+    """The end of a Parquet file: its metadata, four bytes that say how long they are, and `PAR1`."""
+    return data[-int.from_bytes(data[-8:-4], "little") - 8 :]
 
 
 def read_error(where: str, error: Exception) -> LakeError:

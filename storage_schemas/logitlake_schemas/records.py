@@ -170,7 +170,13 @@ class ShardEntry(Record):
     path: str
     """relative to the lake's root"""
     sha256: str
+    """of the whole file"""
     bytes: int = Field(gt=0)
+    footer_sha256: str
+    """of the last `footer_bytes` bytes: Parquet's footer has no checksum of its own, and a reader of a few columns
+    should not have to read the file to trust it"""
+    footer_bytes: int = Field(gt=8)
+    """Parquet's metadata, its length and the closing `PAR1`"""
     rows: int = Field(gt=0)
     tokens: int = Field(ge=0)
     """response tokens in the shard (chosen and rejected for pairs)"""
