@@ -51,7 +51,8 @@ def held_out_figures(lake: str | Path, cache: str, model_dir: Path, split: str =
     renderer, dataset = Renderer(model_dir), LakeDataset(lake, cache, split=split)
     check_student_fits(dataset.spec, dataset, renderer)
     collate = SampleCollator(
-        StudentInputs(pad_id=renderer.pad_id, image_token_id=None, tokens_per_image=0, load_pixels=None)
+        StudentInputs(pad_id=renderer.pad_id, image_token_id=None, tokens_per_image=0, load_pixels=None),
+        dataset.spec.codec,
     )
     tokens, kl, ce, teacher_ce = 0, 0.0, 0.0, 0.0
     for start in range(0, len(dataset), _BATCH_SAMPLES):

@@ -10,7 +10,11 @@ names.
 stands for, the second only removes what no record names.
 """
 
+import errno
+import io
+import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,8 +33,9 @@ __all__ = ["ObjectStore", "StoredObject", "memory_store", "open_store"]
 
 Backend = AzureStore | GCSStore | HTTPStore | LocalStore | MemoryStore | S3Store
 
-# One range request of a remote read: footers and single columns come in one or two of them.
-_RANGE_BYTES = 256 * 1024
+# A request that conflicts with another one is over in some ten milliseconds.
+_CONFLICT_ATTEMPTS = 5
+_CONFLICT_WAIT_S = 0.05
 # How a local file is named while it is written; obstore does the same and never lists one.
 _STAGED = re.compile(r"#\d+$")
 
@@ -59,12 +64,11 @@ class ObjectStore:
         try:
             if self.root is not None:
                 return create_file(self.root / name, data)
-            obstore.put(self._backend, name, data, mode="create", use_multipart=False)
-        except AlreadyExistsError:
-            return False
+            return self._put_new_remote(name, data)
+        except LakeError:
+            raise
         except Exception as error:  # obstore raises one class per backend fault
             raise LakeError(f"{self.uri}: writing {name} failed: {error}") from error
-        return True
 
     def overwrite(self, name: str, data: bytes) -> None:
         """Creates or replaces the object durably and atomically: a reader sees the old bytes or the new ones."""
@@ -106,7 +110,7 @@ class ObjectStore:
         try:
             if self.root is not None:
                 return cast(BinaryIO, pa.OSFile(str(self.root / name), "rb"))
-            return cast(BinaryIO, obstore.open_reader(self._backend, name, buffer_size=_RANGE_BYTES))
+            return cast(BinaryIO, _RemoteFile(self._backend, name))
         except FileNotFoundError:
             return None
         except Exception as error:
@@ -154,12 +158,66 @@ class ObjectStore:
         scheme, _, rest = self.uri.partition("://")
         return PyFileSystem(FSSpecHandler(FsspecStore(cast(Any, scheme)))), f"{rest.rstrip('/')}/"
 
+    def _put_new_remote(self, name: str, data: bytes) -> bool:
+        for attempt in range(_CONFLICT_ATTEMPTS):
+            try:
+                obstore.put(self._backend, name, data, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                # S3 says "conflict, try again" while another request on the name is under way; obstore calls that
+                # taken too, but there may be nothing.
+                if self.size(name) is not None:
+                    return False
+                time.sleep(_CONFLICT_WAIT_S * 2**attempt)
+            else:
+                return True
+        raise LakeError(
+            f"{self.uri}: {name} can neither be created nor is it there, {_CONFLICT_ATTEMPTS} times in a row; another "
+            "writer may hold it: try again"
+        )
+
     def _entries(self, prefix: str) -> Iterator[StoredObject]:
         try:
             for page in obstore.list(self._backend, prefix=prefix):
                 yield from (StoredObject(entry["path"], entry["size"], entry["last_modified"]) for entry in page)
         except Exception as error:
             raise LakeError(f"{self.uri}: listing {prefix} failed: {error}") from error
+
+
+class _RemoteFile(io.RawIOBase):
+    """An object as a seekable file: each read is one range request.
+
+    pyarrow asks a file for `closed`, which obstore's own reader does not have.
+    """
+
+    def __init__(self, backend: Backend, name: str) -> None:
+        super().__init__()
+        self._backend, self._name, self._at = backend, name, 0
+        self._size = int(obstore.head(backend, name)["size"])
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self._size - self._at)
+        length = left if size is None or size < 0 else min(size, left)
+        if not length:
+            return b""
+        try:
+            data = bytes(obstore.get_range(self._backend, self._name, start=self._at, length=length))
+        except Exception as error:  # obstore raises one class per backend fault, a reader of files expects this one
+            raise OSError(errno.EIO, f"reading {self._name} failed: {error}") from error
+        self._at += len(data)
+        return data
 
 
 def open_store(uri: str | Path) -> ObjectStore:

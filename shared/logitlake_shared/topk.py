@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from logitlake_schemas import CodecPolicy, StoredError
+from logitlake_schemas import Codec, CodecPolicy, SampledPolicy, StoredError
 from logitlake_shared.errors import EngineError
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "split",
     "stored_error",
     "stored_kl",
+    "tail_bound",
 ]
 
 Float32 = npt.NDArray[np.float32]
@@ -46,6 +47,8 @@ GRID_STEP = 0.0105  # step at p = 1, in nats: 256 levels then reach below GRID_F
 GRID_MAX_STEP = 0.35
 # A float32 has 23 mantissa bits; ten of them name a grid level, and are what is kept of a token's own figures.
 _DROPPED_BITS = 13
+# The grid moves the sum of head and tail, by which `decode` divides, by less than a hundredth.
+_BOUND_SLACK = np.float32(0.01)
 # Total probability may exceed 1 by the rounding of k float32 exponentials and of a bf16 engine's logprobs.
 MASS_TOLERANCE = 1e-3
 
@@ -204,6 +207,23 @@ def decode(rows: StoredRows | Sequence[StoredRows]) -> tuple[Int32, Float32, Flo
     return ids_TK, logprobs_TK, (log_tail_T - log_sum_T).astype(np.float32)
 
 
+def tail_bound(rows: StoredRows, codec: Codec) -> Float32:
+    """`log_bound_T`: no entry outside the stored ones has a greater logprob in the teacher.
+
+    Entries are stored in rank order, so what is not stored is at most as probable as the least stored entry, and
+    below the codec's floor where fewer than `k_max` are stored. The bound is loose by the rounding of the stored
+    values (an upper cell edge of the grid, and what `decode` divides by). Draws bound nothing: 0.
+    """
+    if isinstance(codec, SampledPolicy):
+        return np.zeros(len(rows.k_T), np.float32)
+    least_T = rows.topk_logprobs[np.cumsum(rows.k_T, dtype=np.int64) - 1]
+    if codec.grid == "companded256":
+        least_T = _upper_edges()[np.searchsorted(_grid(), least_T)]
+    floor = np.float32(np.log(codec.p_min)) if codec.p_min else np.float32(0)
+    bound_T = np.where(rows.k_T < codec.k_max, np.minimum(least_T, floor), least_T)
+    return np.minimum(bound_T + _BOUND_SLACK, 0).astype(np.float32)
+
+
 def stored_kl(rows: TeacherRows, stored: StoredRows) -> npt.NDArray[np.float64]:
     """`kl_T`: KL(captured‖stored) of each token in nats, over the stored entries and the tail as one class.
 
@@ -272,6 +292,13 @@ def _grid() -> Float32:
         levels.append(logprob)
         logprob -= min(GRID_MAX_STEP, GRID_STEP * float(np.exp(-logprob / 2)))
     return np.array(levels[::-1], np.float32)
+
+
+@cache
+def _upper_edges() -> Float32:
+    """The greatest logprob that is snapped to each level."""
+    grid = _grid()
+    return np.append((grid[1:] + grid[:-1]) / 2, np.float32(0)).astype(np.float32)
 
 
 def nearest_level(logprobs: Float32) -> Float32:

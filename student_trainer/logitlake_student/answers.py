@@ -98,7 +98,7 @@ def kl_to_teacher(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, 
     not belong together.
     """
     check_student_fits(dataset.spec, dataset, examinee.renderer)
-    collate = SampleCollator(examinee.inputs)
+    collate = SampleCollator(examinee.inputs, dataset.spec.codec)
     weight_VH = examinee.model.lm_head.weight[: examinee.renderer.vocab_size]
     kl_sum, num_tokens = 0.0, 0
     for start in range(0, len(dataset), batch_size):

@@ -115,7 +115,13 @@ class _Stage(StrictModel):
         return self
 
 
-class InitStage(_Stage):
+class _DistillationStage(_Stage):
+    tail: Literal["bounded", "bucket"] = "bounded"
+    """what the KL makes of the mass outside the cached entries: `bucket` compares it as one class, `bounded` also
+    uses that no token in it is more probable than the least cached one or the codec's floor"""
+
+
+class InitStage(_DistillationStage):
     """Adaptor init: the projector learns from labels."""
 
     type: Literal["init"]
@@ -126,7 +132,7 @@ class InitStage(_Stage):
     """weight of the cross-entropy on the labels, per token"""
 
 
-class D2DStage(_Stage):
+class D2DStage(_DistillationStage):
     """Dense to dense: language model and projector learn the teacher's distribution."""
 
     type: Literal["d2d"]
@@ -137,7 +143,7 @@ class D2DStage(_Stage):
     """weight of the cross-entropy on the labels, per token"""
 
 
-class D2SStage(_Stage):
+class D2SStage(_DistillationStage):
     """Dense to sparse: the dense student is upcycled, its feed-forward networks and routers learn on."""
 
     type: Literal["d2s"]

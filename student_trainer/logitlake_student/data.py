@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from logitlake_schemas import CaptureSpec, sha256_hex
+from logitlake_schemas import CaptureSpec, Codec, sha256_hex
 from logitlake_shared.alignment import expand_images, interleave, predicting_rows
 from logitlake_shared.errors import FingerprintMismatchError, TrainingError
 from logitlake_shared.images import PixelLoader
@@ -25,7 +25,7 @@ from logitlake_shared.order import Layout, epoch_order
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
 from logitlake_shared.rows import LakePair, LakeSample
-from logitlake_shared.topk import decode
+from logitlake_shared.topk import decode, tail_bound
 
 __all__ = [
     "EpochOrder",
@@ -208,10 +208,13 @@ class SampleCollator:
     """Captured samples to a batch: inputs, response rows, labels, and the teacher's cached rows."""
 
     inputs: StudentInputs
+    codec: Codec
+    """of the lake that the samples come from"""
 
     def __call__(self, samples: Sequence[LakeSample]) -> Batch:
         """`input_ids_BS`, `attention_mask_BS`, `rows_R`, `label_ids_R`, `topk_ids_RK`, `topk_logprobs_RK`,
-        `log_tail_mass_R`, and `pixel_values` where there are images. K is the largest k of the batch."""
+        `log_tail_mass_R`, `log_bound_R`, and `pixel_values` where there are images. K is the largest k of the batch.
+        """
         sequences = self.inputs.sequences(
             [(s.prompt_ids, s.prompt_lengths, s.response_ids, s.response_lengths, len(s.images)) for s in samples]
         )
@@ -220,6 +223,9 @@ class SampleCollator:
         ids_RK, logprobs_RK, log_tail_R = decode([sample.rows for sample in samples])
         batch["topk_ids_RK"] = torch.from_numpy(ids_RK).long()
         batch["topk_logprobs_RK"] = torch.from_numpy(logprobs_RK)
+        batch["log_bound_R"] = torch.from_numpy(
+            np.concatenate([tail_bound(sample.rows, self.codec) for sample in samples])
+        )
         batch["log_tail_mass_R"] = torch.from_numpy(log_tail_R)
         return batch
 

@@ -150,7 +150,7 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         context_length=getattr(text_config(model), "max_position_embeddings", None),
     )
     dataset: Any = samples
-    collate: Any = SampleCollator(inputs)
+    collate: Any = SampleCollator(inputs, samples.spec.codec)
     if isinstance(stage, PreferenceStage):
         pairs = str(config.data.pairs)
         dataset = PairDataset(config.data.lake, pairs, tasks=stage.tasks, snapshot=run.snapshots[pairs])

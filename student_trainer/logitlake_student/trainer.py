@@ -163,6 +163,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             topk_logprobs_RK=batch["topk_logprobs_RK"],
             log_tail_mass_R=batch["log_tail_mass_R"],
             label_ids_R=batch["label_ids_R"],
+            log_bound_R=batch["log_bound_R"] if stage.tail == "bounded" else None,
         )
         loss_sum, sums = distillation_loss(
             hidden_RH,

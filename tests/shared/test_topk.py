@@ -1,6 +1,7 @@
 """Laws of the top-k codec."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from logitlake_shared.topk import (
     split,
     stored_error,
     stored_kl,
+    tail_bound,
 )
 
 VOCAB_SIZE = 40
@@ -106,6 +108,30 @@ def test_stored_kl_is_that_of_the_decoded_rows(seed: int, p_min: float) -> None:
         assert stored_kl(rows, stored)[t] == pytest.approx(
             (p / p.sum() * (np.log(p / p.sum()) - log_q)).sum(), abs=FLOAT32_KL
         )
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    p_min=st.sampled_from([0.0, 1e-3, 0.02, 0.3]),
+    k_min=st.integers(1, 12),
+    grid=st.sampled_from(["exact", "companded256"]),
+)
+def test_nothing_that_is_not_stored_exceeds_the_bound(seed: int, p_min: float, k_min: int, grid: str) -> None:
+    """The bound holds for every id outside the stored ones, in the engine's numbers and divided as `decode` does."""
+    rows = _rows(seed, VOCAB_SIZE)
+    policy = CodecPolicy.model_validate({"k_max": 12, "k_min": k_min, "p_min": p_min, "grid": grid})
+    captured = replace(
+        rows,
+        topk_ids_TK=rows.topk_ids_TK[:, :12],
+        topk_logprobs_TK=rows.topk_logprobs_TK[:, :12],
+        log_tail_mass_T=np.log(np.exp(rows.topk_logprobs_TK[:, 12:].astype(np.float64)).sum(1)).astype(np.float32),
+    )
+    stored = encode(captured, policy)
+    head = np.add.reduceat(np.exp(stored.topk_logprobs), np.cumsum(stored.k_T, dtype=np.int64) - stored.k_T)
+    log_sum_T = np.log(head + np.exp(stored.log_tail_mass_T))
+    for t, k in enumerate(stored.k_T):
+        largest = rows.topk_logprobs_TK[t, k]
+        assert max(largest, largest - log_sum_T[t]) <= tail_bound(stored, policy)[t]
 
 
 def test_adaptive_k_by_hand() -> None:

@@ -100,7 +100,7 @@ def test_a_batch_done_by_hand() -> None:
 def test_labels_are_the_tokens_after_their_rows(samples: LakeDataset, real_inputs: StudentInputs) -> None:
     """On real rows of the lake: the token at row + 1 is the label, and the labels are the cached response."""
     chosen = [samples[position] for position in range(5)]
-    batch = SampleCollator(real_inputs)(chosen)
+    batch = SampleCollator(real_inputs, samples.spec.codec)(chosen)
     flat = batch["input_ids_BS"].flatten()
     assert torch.equal(flat[batch["rows_R"] + 1], batch["label_ids_R"])
     assert batch["label_ids_R"].tolist() == [token for sample in chosen for token in sample.response_ids.tolist()]
@@ -120,7 +120,7 @@ def test_rows_of_different_k_share_a_batch(samples: LakeDataset, real_inputs: St
     ids_TK, logprobs_TK, log_tail_T = decode(sample.rows)
     rows = TeacherRows(ids_TK, logprobs_TK, sample.rows.label_logprob_T, sample.rows.label_rank_T, log_tail_T)
     few = replace(sample, rows=encode(rows, CodecPolicy(k_max=ids_TK.shape[1], k_min=2, p_min=0.2, grid="exact")))
-    batch = SampleCollator(real_inputs)([few, sample])
+    batch = SampleCollator(real_inputs, samples.spec.codec)([few, sample])
     num_rows = len(sample.response_ids)
     assert batch["topk_ids_RK"].shape == (2 * num_rows, ids_TK.shape[1])
     kept_R = torch.isfinite(batch["topk_logprobs_RK"]).sum(dim=1)
@@ -146,7 +146,7 @@ def test_padding_changes_nothing(samples: LakeDataset, real_inputs: StudentInput
     """Samples of different lengths, with and without image, together or each alone: the same loss."""
     model = load_student(student_checkpoint, dtype=torch.float32).eval()
     vocab_size = Renderer(student_checkpoint).vocab_size
-    collate = SampleCollator(real_inputs)
+    collate = SampleCollator(real_inputs, samples.spec.codec)
     chosen = [samples[position] for position in range(6)]
     assert len({len(sample.prompt_ids) + len(sample.response_ids) for sample in chosen}) > 1
     assert {len(sample.images) for sample in chosen} == {0, 1}
@@ -243,7 +243,7 @@ def test_a_sample_over_the_context_is_named(samples: LakeDataset, real_inputs: S
         context_length=length - 1,
     )
     with pytest.raises(TrainingError, match=rf"sample {sample.sample_id}: {length} positions .* made for {length - 1}"):
-        SampleCollator(short)([sample])
+        SampleCollator(short, samples.spec.codec)([sample])
 
 
 def test_the_teachers_tokenizer_fits(samples: LakeDataset, student_checkpoint: Path) -> None:

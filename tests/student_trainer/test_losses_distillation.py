@@ -5,6 +5,7 @@ Axes: R response rows, K cached tokens, V vocabulary, H hidden.
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -349,6 +350,105 @@ def test_only_a_chunk_of_logits_lives() -> None:
         loss, _ = distillation_loss(hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=1.0, chunk_rows=chunk_rows)
         loss.backward()
     assert largest == chunk_rows * vocab_size
+
+
+def bounded(teacher: TeacherBatch, slack: float = 0.0) -> TeacherBatch:
+    """The teacher with the bound that its own rank order gives, loosened by `slack` nats."""
+    return replace(teacher, log_bound_R=teacher.topk_logprobs_RK.min(dim=1).values + slack)
+
+
+@pytest.mark.parametrize(("k", "slack"), [(1, 0.0), (4, 0.0), (4, 0.5), (12, 0.0), (12, 3.0)])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+def test_the_bounded_tail_equals_its_twin(k: int, slack: float, scale: float) -> None:
+    """Rounds of capping against bisection in float64: value and gradients, for tame and for wild students."""
+    hidden_RH, weight_VH = random_head(scale=scale)
+    kw = {"kl_weight": 0.7, "ce_weight": 0.3}
+    teacher = bounded(random_teacher(k), slack)
+    fast = value_and_grads(distillation_loss, hidden_RH, weight_VH, teacher, chunk_rows=3, **kw)
+    slow = value_and_grads(distillation_loss_reference, hidden_RH, weight_VH, teacher, **kw)
+    assert_close(fast, slow, FP32_RTOL, FP32_ATOL * R * scale)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_bound_brings_the_loss_nearer_to_the_full_kl(seed: int) -> None:
+    """Bucket <= bounded <= full KL: what is known of the tail is used, and nothing is made up."""
+    hidden_RH, weight_VH = random_head(seed, scale=2.0)
+    teacher_logits_RV = 2 * torch.randn(R, V, generator=torch.Generator().manual_seed(100 + seed))
+    bucket = teacher_from_logits(teacher_logits_RV, 4)
+    full = float(full_kl(hidden_RH @ weight_VH.t(), teacher_logits_RV).detach())
+    values = [kl_sum(hidden_RH, weight_VH, teacher) for teacher in (bucket, bounded(bucket, 1.0), bounded(bucket))]
+    for lower, upper in itertools.pairwise([*values, full]):
+        assert lower <= upper * (1 + FP32_RTOL)
+    assert values[-1] > values[0], "random students like some tail token too much"
+
+
+@pytest.mark.parametrize("k", [1, 4, V - 1])
+def test_the_bounded_tail_is_stationary_at_the_teacher(k: int) -> None:
+    """A student that is the teacher obeys the bound: no divergence, no gradient."""
+    hidden_RH, weight_VH = random_head()
+    teacher = bounded(teacher_from_logits((hidden_RH @ weight_VH.t()).detach(), k))
+    value, *grads = value_and_grads(
+        distillation_loss, hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=3
+    )
+    assert float(value) == pytest.approx(0.0, abs=R * FP32_ATOL)
+    for grad in grads:
+        torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=R * FP32_ATOL)
+
+
+def test_a_bound_of_one_is_the_bucket() -> None:
+    """A bound that bounds nothing changes no bit."""
+    hidden_RH, weight_VH = random_head()
+    teacher = random_teacher(4)
+    kw = {"kl_weight": 1.0, "ce_weight": 0.0, "chunk_rows": 3}
+    loose = replace(teacher, log_bound_R=torch.zeros(R))
+    for a, b in zip(
+        value_and_grads(distillation_loss, hidden_RH, weight_VH, loose, **kw),
+        value_and_grads(distillation_loss, hidden_RH, weight_VH, teacher, **kw),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=FP32_RTOL, atol=FP32_ATOL)
+
+
+def test_a_bound_by_hand() -> None:
+    """q = .4 | .3 .2 .1, p = .4 and a tail of .6 with no token above .25: the tail becomes .25 .2333 .1167.
+
+    KL = .25 ln(.25/.3) + .2333 ln(.2333/.2) + .1167 ln(.1167/.1) = -.04558 + .03597 + .01798 = .00837.
+    """
+    q_V = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    teacher = TeacherBatch(
+        torch.tensor([[0]]),
+        torch.log(torch.tensor([[0.4]])),
+        torch.log(torch.tensor([0.6])),
+        torch.tensor([0]),
+        torch.log(torch.tensor([0.25])),
+    )
+    hidden_RH = torch.ones(1, 1, requires_grad=True)
+    _, sums = distillation_loss(
+        hidden_RH, torch.log(q_V).t().contiguous(), teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=1
+    )
+    assert float(sums.kl_sum) == pytest.approx(0.00837, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_student_whose_tail_is_one_token_stays_finite(dtype: torch.dtype) -> None:
+    """All of the student's mass on one uncached id, however sure: value and gradients are finite, and the id sinks."""
+    hidden_RH = (torch.full((1, 1), 200.0)).to(dtype).requires_grad_()
+    weight_VH = torch.zeros(V, 1, dtype=dtype)
+    weight_VH[5] = 1.0
+    weight_VH.requires_grad_()
+    teacher = TeacherBatch(
+        torch.tensor([[0]]),
+        torch.tensor([[math.log(0.9)]]),
+        torch.tensor([math.log(0.1)]),
+        torch.tensor([0]),
+        torch.tensor([math.log(0.02)]),
+    )
+    value, grad_hidden, grad_weight = value_and_grads(
+        distillation_loss, hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=1
+    )
+    for tensor in (value, grad_hidden, grad_weight):
+        assert torch.isfinite(tensor).all()
+    assert float(grad_weight[5]) > 0
 
 
 def test_contradictory_input_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Exact tail-bucket distillation from a cached top-k, without a `[R, V]` tensor.
+"""Distillation from a cached top-k and its exact tail mass, without a `[R, V]` tensor.
 
 For each response token the lake holds the teacher's K most likely tokens, their logprobs, and the logarithm
 of the mass r of everything else. The student's full softmax q is coarsened the same way, to K tokens and one
@@ -12,9 +12,19 @@ log s is the logsumexp of the logits outside the K ids minus the full logsumexp,
 noise once the head holds almost everything. Cross-entropy on the response token itself comes from the same
 logsumexp.
 
-Gradient with respect to the logits z, with m = sum p_i + r (1, up to rounding):
+The bucket hands the tail's mass to whatever the student likes there. But a lake that keeps a prefix of the rank order
+also knows a bound u: no token outside the K is more probable than the least cached one, or than the codec's floor.
+So the tail's target is the distribution nearest to the student's own tail that obeys it,
+
+    p^_j = min(c q_j, u)  over the ids outside K,  with c such that they sum to r
+
+(the I-projection; the least KL that is possible for what is known), and the tail's part of the divergence is
+sum p^_j (log p^_j - log q_j). It lies between that of the bucket and that of the full vocabulary, is still zero where
+student and teacher agree, and without a bound p^_j = r q_j / s: the bucket. Measured in docs/decisions/0006.
+
+Gradient with respect to the logits z, with m = sum p_i + sum p^_j (1, up to rounding):
     in the head:    m q_j - p_j
-    in the tail:    m q_j - r softmax_tail(z)_j
+    in the tail:    m q_j - p^_j     (p^ minimises the divergence, so its own change adds nothing)
 The softmax over the tail alone stays finite where s underflows, as r q_j / s would not.
 
 `losses.reference` holds the slow twin that this file is tested against, in value and gradient.
@@ -47,6 +57,8 @@ class TeacherBatch:
     """float32, log of the mass outside the K ids. -inf where the K ids hold everything."""
     label_ids_R: Tensor
     """int64, the response token that each row predicts."""
+    log_bound_R: Tensor | None = None
+    """float32, no id outside the K has a greater teacher logprob. None where nothing is known."""
 
 
 class LossSums(NamedTuple):
@@ -120,6 +132,8 @@ def _labels(hidden_RH: Tensor, weight_VH: Tensor, teacher: TeacherBatch | None, 
             "log_tail_mass_R": teacher.log_tail_mass_R.shape,
             "label_ids_R": teacher.label_ids_R.shape,
         }
+        if teacher.log_bound_R is not None:
+            shapes["log_bound_R"] = teacher.log_bound_R.shape
         labels_R = teacher.label_ids_R
         if teacher.topk_ids_RK.shape != teacher.topk_logprobs_RK.shape:
             raise DataError(
@@ -172,17 +186,17 @@ class _DistillationLoss(torch.autograd.Function):
             lse_C = torch.logsumexp(logits_CV, dim=-1)
             labels_C1 = labels_R[rows, None]
             ce_sum += (lse_C - logits_CV.gather(1, labels_C1).squeeze(1)).sum()
-            bucket = _Bucket.of(logits_CV, lse_C, teacher, rows) if teacher is not None else None
-            if bucket is not None:
-                kl_sum += bucket.kl_C.sum()
+            target = _Target.of(logits_CV, lse_C, teacher, rows) if teacher is not None else None
+            if target is not None:
+                kl_sum += target.kl_C.sum()
             if grad_hidden or grad_weight:
                 grad_CV = logits_CV.sub_(lse_C[:, None]).exp_()  # q; the logits are not needed any more
-                if bucket is None:
+                if target is None:
                     grad_CV.mul_(ce_weight)
                 else:
-                    grad_CV.mul_((ce_weight + kl_weight * bucket.mass_C)[:, None])
-                    grad_CV.sub_(bucket.tail(), alpha=kl_weight)
-                    grad_CV.scatter_add_(1, bucket.ids_CK, -kl_weight * bucket.p_CK)
+                    grad_CV.mul_((ce_weight + kl_weight * target.mass_C)[:, None])
+                    grad_CV.sub_(target.tail_CV, alpha=kl_weight)
+                    grad_CV.scatter_add_(1, target.ids_CK, -kl_weight * target.p_CK)
                 grad_CV.scatter_add_(1, labels_C1, torch.full_like(lse_C, -ce_weight)[:, None])
                 head.accumulate(rows, grad_CV)
         ctx.dtypes = hidden_RH.dtype, weight_VH.dtype
@@ -201,20 +215,19 @@ class _DistillationLoss(torch.autograd.Function):
         return (*grads, None, None, None, None, None, None, None)
 
 
-class _Bucket(NamedTuple):
-    """The K + 1 classes of a chunk's rows: their divergence, and what its gradient is made of."""
+class _Target(NamedTuple):
+    """What a chunk's rows are drawn to: their divergence from it, and what its gradient is made of."""
 
     kl_C: Tensor
     ids_CK: Tensor
     p_CK: Tensor
-    tail_mass_C: Tensor
-    outside_CV: Tensor
-    """Logits, -inf at the cached ids."""
-    lse_outside_C: Tensor
-    """Their logsumexp; +inf where the teacher has no tail, so that `tail` is 0 there."""
+    tail_CV: Tensor
+    """The target outside the cached ids, 0 at them."""
+    mass_C: Tensor
+    """The target's total mass: 1, up to the rounding of what was stored."""
 
     @classmethod
-    def of(cls, logits_CV: Tensor, lse_C: Tensor, teacher: TeacherBatch, rows: slice) -> "_Bucket":
+    def of(cls, logits_CV: Tensor, lse_C: Tensor, teacher: TeacherBatch, rows: slice) -> "_Target":
         ids_CK = teacher.topk_ids_RK[rows]
         logp_CK = teacher.topk_logprobs_RK[rows].to(logits_CV.dtype)
         log_tail_C = teacher.log_tail_mass_R[rows].to(logits_CV.dtype)
@@ -229,16 +242,56 @@ class _Bucket(NamedTuple):
         ceiling_CK = torch.where(cached_CK, -infinity_CK, infinity_CK)
         outside_CV = logits_CV.scatter_reduce(1, ids_CK, ceiling_CK, "amin")
         has_tail_C = torch.isfinite(log_tail_C)
+        # +inf where the teacher has no tail, so that its target is 0 there.
         lse_outside_C = torch.where(has_tail_C, torch.logsumexp(outside_CV, dim=-1), torch.inf)
         log_s_C = lse_outside_C - lse_C
-        tail_C = torch.where(has_tail_C, log_tail_C.exp() * (log_tail_C - log_s_C), 0.0)
-        return cls(head_C + tail_C, ids_CK, p_CK, log_tail_C.exp(), outside_CV, lse_outside_C)
+        share_CV = outside_CV.sub_(lse_outside_C[:, None]).exp_()  # the student's tail as a distribution of its own
+        if teacher.log_bound_R is None:
+            tail_C = torch.where(has_tail_C, log_tail_C.exp() * (log_tail_C - log_s_C), 0.0)
+            tail_CV = share_CV.mul_(log_tail_C.exp()[:, None])
+        else:
+            bound_C = teacher.log_bound_R[rows].to(logits_CV.dtype).exp()
+            tail_CV, tail_C = _bounded_tail(share_CV, log_tail_C.exp(), bound_C, log_s_C)
+        return cls(head_C + tail_C, ids_CK, p_CK, tail_CV, p_CK.sum(dim=1) + tail_CV.sum(dim=1))
 
-    @property
-    def mass_C(self) -> Tensor:
-        """The teacher's total mass: 1, up to the rounding of what was stored."""
-        return self.p_CK.sum(dim=1) + self.tail_mass_C
 
-    def tail(self) -> Tensor:
-        """r softmax_tail(z) [C, V], 0 at the cached ids. Overwrites `outside_CV`."""
-        return self.outside_CV.sub_(self.lse_outside_C[:, None]).exp_().mul_(self.tail_mass_C[:, None])
+# The capped ids grow with each round and settle after three or four; what is left then is below rounding.
+_MAX_ROUNDS = 16
+
+
+def _bounded_tail(share_CV: Tensor, mass_C: Tensor, bound_C: Tensor, log_s_C: Tensor) -> tuple[Tensor, Tensor]:
+    """`(tail_CV, kl_C)`: min(c share, bound) with the sum `mass`, and its share of the divergence.
+
+    `share_CV` sums to 1 (0 in rows without a tail) and is overwritten; log q_j = log share_j + log s. Each round caps
+    what the last scale c lifted above the bound and spreads the rest over the others; c only grows, so what is capped
+    stays capped, and mass > bound x number of capped holds throughout.
+    """
+    scale_C = mass_C
+    capped_CV = share_CV * scale_C[:, None] > bound_C[:, None]
+    num_capped_C = capped_CV.sum(dim=1)
+    for _ in range(_MAX_ROUNDS):
+        if not bool(num_capped_C.any()):
+            break
+        free_C = torch.where(capped_CV, 0.0, share_CV).sum(dim=1)
+        left_C = mass_C - bound_C * num_capped_C
+        # A student whose tail is one token leaves nothing to spread over.
+        scale_C = torch.where((num_capped_C > 0) & (free_C > 0), left_C / free_C.clamp_min(_TINY), scale_C)
+        wider_CV = share_CV * scale_C[:, None] > bound_C[:, None]
+        wider_C = wider_CV.sum(dim=1)
+        if torch.equal(wider_C, num_capped_C):
+            break
+        capped_CV, num_capped_C = wider_CV, wider_C
+    log_capped_C = torch.where(capped_CV, share_CV, 1.0).clamp_min(_TINY).log().sum(dim=1)
+    free_mass_C = scale_C * torch.where(capped_CV, 0.0, share_CV).sum(dim=1)
+    tail_CV = torch.where(capped_CV, bound_C[:, None], share_CV.mul_(scale_C[:, None]))
+    kl_C = torch.where(
+        mass_C > 0,
+        free_mass_C * (scale_C.clamp_min(_TINY).log() - log_s_C)
+        + bound_C * (num_capped_C * (bound_C.clamp_min(_TINY).log() - log_s_C) - log_capped_C),
+        0.0,
+    )
+    return tail_CV, kl_C
+
+
+# The smallest normal float32: a floor for logarithms whose weight is 0.
+_TINY = torch.finfo(torch.float32).tiny

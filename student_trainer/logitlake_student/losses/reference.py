@@ -15,6 +15,7 @@ from torch import Tensor
 from logitlake_student.losses.distillation import LossSums, TeacherBatch
 
 __all__ = [
+    "bounded_tail",
     "distillation_loss_reference",
     "full_kl",
     "preference_loss_reference",
@@ -55,7 +56,7 @@ def distillation_loss_reference(
 
 
 def _coarsened_kl(log_q_V: Tensor, teacher: TeacherBatch, row: int) -> Tensor:
-    """KL between teacher and student over the K cached tokens of a row and one bucket for all others."""
+    """KL between teacher and student over the K cached tokens of a row, and what is known of all others."""
     cached_K = torch.isfinite(teacher.topk_logprobs_RK[row])
     ids_K = teacher.topk_ids_RK[row][cached_K]
     log_p_K = teacher.topk_logprobs_RK[row][cached_K].double()
@@ -64,8 +65,29 @@ def _coarsened_kl(log_q_V: Tensor, teacher: TeacherBatch, row: int) -> Tensor:
     if torch.isfinite(log_r):
         in_tail_V = torch.ones_like(log_q_V, dtype=torch.bool)
         in_tail_V[ids_K] = False
-        kl = kl + log_r.exp() * (log_r - torch.logsumexp(log_q_V[in_tail_V], dim=-1))
+        log_q_tail = log_q_V[in_tail_V]
+        if teacher.log_bound_R is None:
+            return kl + log_r.exp() * (log_r - torch.logsumexp(log_q_tail, dim=-1))
+        target = bounded_tail(log_q_tail.detach(), float(log_r.exp()), float(teacher.log_bound_R[row].double().exp()))
+        kl = kl + (target * (target.clamp_min(1e-300).log() - log_q_tail)).sum()
     return kl
+
+
+def bounded_tail(log_q_tail: Tensor, mass: float, bound: float) -> Tensor:
+    """min(c q, bound) with the sum `mass`: c found by bisection, in float64."""
+    q = log_q_tail.exp()
+    if len(q) * bound <= mass:
+        return torch.full_like(q, bound)
+    low, high = 0.0, bound / float(q.min().clamp_min(1e-300))
+    for _ in range(2000):
+        middle = (low * high) ** 0.5 if low > 0 else high / 2**40
+        if float(torch.minimum(middle * q, torch.tensor(bound)).sum()) < mass:
+            low = middle
+        else:
+            high = middle
+        if low > 0 and high / low < 1 + 1e-15:
+            break
+    return torch.minimum(high * q, torch.tensor(bound, dtype=q.dtype))
 
 
 def sequence_logprobs_reference(
