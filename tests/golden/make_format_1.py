@@ -88,7 +88,7 @@ def fill_samples(cache: Cache) -> None:
                 messages=[{"role": "user", "content": "¿Qué?"}, {"role": "assistant", "content": "日本 🙂"}],
                 prompt_ids=np.array([5, 2, 6], np.int32),
                 prompt_lengths=np.array([3], np.int32),
-                response_ids=np.array([7, 8, 9, 10][: length - 1] + [EOS_ID], np.int32),
+                response_ids=np.array(_response(length), np.int32),
                 response_lengths=np.array([length], np.int32),
                 expanded_length=length + 18,
                 image_sha256=(image.image_sha256,) if place else (),
@@ -117,9 +117,16 @@ def _rows(codec: Codec, seed: int) -> tuple[list[StoredRows], Any]:
             for length in LENGTHS
         ]
         return [encode_draws(rows) for rows in drawn], drawn_error(encode_draws(concatenate(drawn)))
-    captured = [make_teacher_rows(length, codec.k_max, 10 * seed + place) for place, length in enumerate(LENGTHS)]
+    captured = [
+        make_teacher_rows(length, codec.k_max, 10 * seed + place, labels=_response(length))
+        for place, length in enumerate(LENGTHS)
+    ]
     together = concatenate(captured)
     return [encode(rows, codec) for rows in captured], stored_error(together, encode(together, codec))
+
+
+def _response(length: int) -> list[int]:
+    return [7, 8, 9, 10][: length - 1] + [EOS_ID]
 
 
 def fill_pairs(cache: Cache) -> None:
