@@ -13,6 +13,7 @@ from pathlib import Path
 
 from logitlake_schemas import CacheKind, CaptureSpec, Codec, CodecPolicy, CommitRecord, SampledPolicy
 from logitlake_shared.cache_figures import CacheFigures, cache_figures
+from logitlake_shared.catalog import publish_catalog
 from logitlake_shared.errors import ConfigError, DataError
 from logitlake_shared.lake import Cache, Lake
 from logitlake_shared.rendering import Renderer
@@ -113,8 +114,9 @@ def run_units(config: CaptureConfig | PairsConfig, prepared: Prepared, units: li
 
 
 def summarise(cache: Cache) -> Summary:
-    """Takes a snapshot (the newest one again if nothing came since) and adds up what it holds."""
+    """Takes a snapshot and publishes the catalog (the newest again if nothing came since); adds up what they hold."""
     snapshot = cache.snapshot()
+    publish_catalog(Lake(cache.store))
     errors = [error for commit in snapshot.commits for error in commit.errors]
     first = next((f"{error.sample_id!r}: {error.code}: {error.message}" for error in errors), None)
     return Summary(cache_figures(cache, snapshot), dict(Counter(error.code for error in errors)), first)
