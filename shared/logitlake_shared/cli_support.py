@@ -60,18 +60,22 @@ def config_command(config_class: str) -> Callable[[Callable[[Any], None]], Calla
 
 
 @contextmanager
-def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
-    """Yields `advance(n, **figures)`; the figures (e.g. `errors=2`) are shown beside count, rate and time left."""
+def progress(description: str, total: int, unit: str, *, after_s: float = 0.0) -> Iterator[Advance]:
+    """Yields `advance(n, **figures)`; the figures (e.g. `errors=2`) are shown beside count, rate and time left.
+
+    With `after_s` it says no more than it must: the bar goes when the work is done, and a log begins after so many
+    seconds, since a check that is over by then needs none.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
     if console.is_terminal:
-        yield from _bar(console, description, total, unit)
+        yield from _bar(console, description, total, unit, transient=after_s > 0)
     else:
-        yield from _lines(description, total, unit)
+        yield from _lines(description, total, unit, after_s)
 
 
-def _bar(console: Any, description: str, total: int, unit: str) -> Iterator[Advance]:
+def _bar(console: Any, description: str, total: int, unit: str, *, transient: bool) -> Iterator[Advance]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -90,7 +94,7 @@ def _bar(console: Any, description: str, total: int, unit: str) -> Iterator[Adva
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, transient=transient) as bar:
         task = bar.add_task(description, total=total, figures="")
         meter = _Meter()
 
@@ -100,8 +104,8 @@ def _bar(console: Any, description: str, total: int, unit: str) -> Iterator[Adva
         yield advance
 
 
-def _lines(description: str, total: int, unit: str) -> Iterator[Advance]:
-    meter = _Meter()
+def _lines(description: str, total: int, unit: str, after_s: float) -> Iterator[Advance]:
+    meter, start = _Meter(), time.monotonic()
     step = max(total // 10, 1)
     done = shown = 0
 
@@ -109,7 +113,7 @@ def _lines(description: str, total: int, unit: str) -> Iterator[Advance]:
         nonlocal done, shown
         done += n
         text = meter.text(n, figures)
-        if done - shown >= step or done >= total:
+        if (done - shown >= step or done >= total) and time.monotonic() - start >= after_s:
             shown = done
             click.echo(f"{description}: {done}/{total} {unit} {text}", err=True)
 

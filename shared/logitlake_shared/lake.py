@@ -98,7 +98,7 @@ class Lake:
     @classmethod
     def open(cls, uri: str | Path) -> "Lake":
         """The lake at `uri`. Raises `LakeFormatError` when there is none."""
-        if "://" not in str(uri) and not Path(uri).is_dir():
+        if "://" not in str(uri) and not os.path.isdir(uri):  # noqa: PTH112  # Path.is_dir raises where a name is too long
             raise LakeFormatError(f"{uri}: no such folder; a lake is made by `logitlake-teacher capture`")
         return cls.of(open_store(uri))
 
@@ -113,18 +113,15 @@ class Lake:
 
     def cache_names(self) -> list[str]:
         """The caches of the lake, sorted."""
-        names = self.store.names(layout.cache_names_prefix())
-        return sorted({name.split("/")[1] for name in names if name == layout.spec_path(name.split("/")[1])})
+        names = [folder.rsplit("/", 1)[-1] for folder in self.store.folders(layout.cache_names_prefix())]
+        return [name for name in names if self.store.size(layout.spec_path(name)) is not None]
 
     def create_cache(self, name: str, spec: CaptureSpec) -> "Cache":
         """The cache `name` with this spec, made if it is not there.
 
         Raises `FingerprintMismatchError` naming every field that differs when it is there with another spec.
         """
-        if not layout.valid_name(name):
-            raise LakeError(
-                f"cache name {name!r}: expected at most 100 letters, digits and `._-`, the first a letter or digit"
-            )
+        _check_name("cache", name)
         if not self.store.put_new(layout.spec_path(name), spec.to_bytes()):
             differences = spec_differences(self.cache(name).spec, spec)
             if differences:
@@ -161,6 +158,7 @@ class Cache:
         Returns the record that counts: this one, or the equal one of an earlier publisher. Raises `LakeError` when
         the stored error is over the spec's budget, `LakeConflictError` when another publisher committed other content.
         """
+        _check_name("unit", result.unit)
         self._check_budget(result)
         shards = self._prepare(result)
         for entry, data in shards:
@@ -356,6 +354,13 @@ class Cache:
     def _newest_snapshot_number(self) -> int:
         names = self.store.names(layout.snapshots_prefix(self.name))
         return layout.snapshot_number(names[-1]) if names else 0
+
+
+def _check_name(what: str, name: str) -> None:
+    if not layout.valid_name(name):
+        raise LakeError(
+            f"{what} name {name!r}: expected at most 100 letters, digits and `._-`, the first a letter or digit"
+        )
 
 
 def _verify(source: BinaryIO, entry: ShardEntry, where: str, *, whole: bool) -> None:

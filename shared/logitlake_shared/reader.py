@@ -9,6 +9,7 @@ number of bytes of decoded row groups. The arrays of an item are views of a row 
 written to, and keep their group in memory as long as they live.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +136,13 @@ class _SnapshotDataset(Generic[Item]):
             for number, row in zip(self._number_P[wanted].tolist(), self._place_P[wanted].tolist(), strict=True)
         ]
 
+    def prepare(self, positions: Sequence[int]) -> None:
+        """Reads the row groups of `positions` into memory. What cannot be read is reported when it is asked for."""
+        with contextlib.suppress(LakeError):
+            groups = self._row_groups()
+            for number in np.unique(self._number_P[np.asarray(positions, np.int64)]).tolist():
+                self._group_views(groups, number)
+
     def ids(self) -> list[str]:
         """The ids of all items, in order."""
         ids: list[str] = self._ids.to_pylist()
@@ -208,14 +216,17 @@ class _SnapshotDataset(Generic[Item]):
         return self._open_groups[1]
 
     def _item(self, groups: RowGroups, number: int, row: int) -> Item:
+        views = self._group_views(groups, number)
+        images = tuple(self._image(groups, number, sha256) for sha256 in views.image_sha256(row))
+        item: Item = views.item(row, images)
+        return item
+
+    def _group_views(self, groups: RowGroups, number: int) -> Any:
         def read() -> tuple[Any, int]:
             views = self._views(self._group_table(groups, number, None))
             return views, views.num_bytes
 
-        views = groups.held(("rows", number), read)
-        images = tuple(self._image(groups, number, sha256) for sha256 in views.image_sha256(row))
-        item: Item = views.item(row, images)
-        return item
+        return groups.held(("rows", number), read)
 
     def _group_table(self, groups: RowGroups, number: int, columns: Sequence[str] | None) -> pa.Table:
         _, entry, group = self._places[number]

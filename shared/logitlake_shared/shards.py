@@ -93,7 +93,9 @@ class Shard:
     def __init__(self, source: pa.NativeFile | BinaryIO | pa.BufferReader, where: str) -> None:
         self._where = where
         try:
-            self._file = pq.ParquetFile(source, page_checksum_verification=True)
+            # Joining neighbouring columns into one request pays where a request is slow, not on a local disk.
+            remote = not isinstance(source, pa.OSFile)
+            self._file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
         except (pa.ArrowException, OSError) as error:
             raise read_error(self._where, error) from error
         metadata = self._file.metadata

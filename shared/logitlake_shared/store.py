@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import obstore
 import pyarrow as pa
@@ -133,6 +133,13 @@ class ObjectStore:
         """All objects below the folder `prefix`, sorted by name."""
         return sorted(self._entries(prefix), key=lambda entry: entry.name)
 
+    def folders(self, prefix: str) -> list[str]:
+        """The folders directly below the folder `prefix`, sorted, as names; does not list what is in them."""
+        try:
+            return sorted(obstore.list_with_delimiter(self._backend, prefix)["common_prefixes"])
+        except Exception as error:
+            raise LakeError(f"{self.uri}: listing {prefix} failed: {error}") from error
+
     def leftovers(self, prefix: str) -> list[StoredObject]:
         """What writers that were stopped left below the folder `prefix`: no listing shows it as an object.
 
@@ -147,16 +154,6 @@ class ObjectStore:
                 modified = datetime.fromtimestamp(status.st_mtime, UTC)
                 found.append(StoredObject(str(path.relative_to(self.root)), status.st_size, modified))
         return found
-
-    def arrow_filesystem(self) -> tuple[Any, str]:
-        """What pyarrow needs to read this store's objects itself: a filesystem, and the prefix of every name."""
-        if self.root is not None:
-            return None, f"{self.root}/"
-        from obstore.fsspec import FsspecStore
-        from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-        scheme, _, rest = self.uri.partition("://")
-        return PyFileSystem(FSSpecHandler(FsspecStore(cast(Any, scheme)))), f"{rest.rstrip('/')}/"
 
     def _put_new_remote(self, name: str, data: bytes) -> bool:
         for attempt in range(_CONFLICT_ATTEMPTS):

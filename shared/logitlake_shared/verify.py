@@ -13,23 +13,32 @@ next capture does the unit again.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import ValidationError
 
 from logitlake_schemas import CommitRecord, QuarantineRecord, ShardEntry, Snapshot, layout, sha256_hex
-from logitlake_shared.errors import FingerprintMismatchError, LakeError
+from logitlake_shared.catalog import Catalog, Place
+from logitlake_shared.errors import FingerprintMismatchError, LakeCorruptError, LakeError, LakeFormatError
 from logitlake_shared.lake import Cache, Lake
 from logitlake_shared.row_laws import Broken, check_pairs, check_samples
 
-__all__ = ["CacheCheck", "Finding", "chosen_units", "quarantine_damaged", "verify_unit"]
+__all__ = ["CacheCheck", "Finding", "chosen_units", "quarantine_damaged", "verify_catalog", "verify_unit"]
 
 # Figures of a record are float64 sums over float32 rows, made in another order.
 _FIGURE_TOLERANCE = 1e-4
 _MAX_REASONS = 20
+# Commit records are small: what reading many of them costs is waiting.
+_CONNECTIONS = 16
+# The errors that say something about the bytes, and not about the way to them.
+_DAMAGE = (LakeCorruptError, LakeFormatError, FingerprintMismatchError)
+# Shards of which one sample each is looked up in the catalog.
+_LOOKED_UP = 32
 
 
 @dataclass(frozen=True)
@@ -40,13 +49,15 @@ class Finding:
     unit: str
     path: str
     problem: str
+    damaged: bool = True
+    """False where the store could not read: that says nothing about the bytes, and nothing is taken back for it"""
 
     def __str__(self) -> str:
         return f"{self.path or self.unit or self.cache or 'lake'}: {self.problem}"
 
 
 class CacheCheck:
-    """The check of one cache, unit by unit: `records()` first, then `unit(name, full)` for each of `units`, then `ids()`.
+    """The check of one cache: `records()`, then `unit(...)` for each of `units`, then `ids()`.
 
     Reads the commit records and snapshots once, and lists the cache's files once.
     """
@@ -61,12 +72,17 @@ class CacheCheck:
         self._commits: dict[str, CommitRecord] = {}
         self._unreadable: list[Finding] = []
         self._foreign = 0
-        for unit in sorted(cache.committed_units()):
-            try:
-                self._commits[unit] = cache.commit(unit)
-            except LakeError as error:
-                self._foreign += isinstance(error, FingerprintMismatchError)
-                self._unreadable.append(self._finding(unit, layout.commit_path(cache.name, unit), str(error)))
+        units = sorted(cache.committed_units())
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            records = list(pool.map(self._commit, units))
+        for unit, record in zip(units, records, strict=True):
+            if isinstance(record, CommitRecord):
+                self._commits[unit] = record
+            else:
+                self._foreign += isinstance(record, FingerprintMismatchError)
+                path = layout.commit_path(cache.name, unit)
+                damaged = isinstance(record, _DAMAGE)
+                self._unreadable.append(Finding(cache.name, unit, path, _said(cache, path, record), damaged))
         self._ids: list[tuple[str, npt.NDArray[np.uint64]]] = []
 
     @property
@@ -124,6 +140,12 @@ class CacheCheck:
             where = "in it" if unit == other else f"in unit {other} too"
             yield self._finding(unit, "", f"an id occurs twice: once here and once {where}")
 
+    def _commit(self, unit: str) -> CommitRecord | LakeError:
+        try:
+            return self.cache.commit(unit)
+        except LakeError as error:
+            return error
+
     def _snapshots(self) -> Iterator[Finding]:
         numbers = []
         removed = self._quarantined()
@@ -132,7 +154,7 @@ class CacheCheck:
                 number = layout.snapshot_number(path)
                 snapshot = self.cache.open_snapshot(number)
             except (LakeError, ValueError) as error:
-                yield self._finding("", path, str(error))
+                yield self._finding("", path, _said(self.cache, path, error))
                 continue
             numbers.append(number)
             yield from self._snapshot(path, snapshot, removed)
@@ -156,7 +178,10 @@ class CacheCheck:
         """The commit records that were taken back, by unit."""
         removed: dict[str, list[bytes]] = {}
         for path in self.cache.store.names(layout.quarantine_prefix(self.cache.name)):
-            record = QuarantineRecord.model_validate_json(self.cache.store.get(path) or b"")
+            try:
+                record = QuarantineRecord.model_validate_json(self.cache.store.get(path) or b"")
+            except ValidationError:  # what it would have explained is reported at the snapshot
+                continue
             removed.setdefault(record.unit, []).append(record.commit.encode())
         return removed
 
@@ -178,11 +203,12 @@ def verify_unit(cache: Cache, record: CommitRecord) -> list[Finding]:
 def quarantine_damaged(lake: Lake, findings: Iterable[Finding]) -> dict[str, list[str]]:
     """Takes the commit records of damaged units back and makes a new snapshot of each cache concerned.
 
-    Returns the units of each cache that are in the plan again. Findings that are about no unit stay.
+    Returns the units of each cache that are in the plan again. Findings about no unit, or about a store that could not
+    read, stay.
     """
     reasons: dict[str, dict[str, list[str]]] = {}
     for finding in findings:
-        if finding.unit:
+        if finding.unit and finding.damaged:
             reasons.setdefault(finding.cache, {}).setdefault(finding.unit, []).append(str(finding))
     returned = {}
     for name, units in reasons.items():
@@ -213,7 +239,7 @@ class _UnitCheck:
                 finally:
                     opened.close()
             except LakeError as error:
-                yield self._finding(entry.path, str(error))
+                yield self._finding(entry.path, _said(self._cache, entry.path, error), isinstance(error, _DAMAGE))
                 continue
             for problem in self._shard(entry, table, footer):
                 yield self._finding(entry.path, problem)
@@ -279,5 +305,58 @@ class _UnitCheck:
             if sha256_hex(data.as_py()) != name:
                 yield f"image {name}: its bytes have another sha256"
 
-    def _finding(self, path: str, problem: str) -> Finding:
-        return Finding(self._cache.name, self._record.unit, path, problem)
+    def _finding(self, path: str, problem: str, damaged: bool = True) -> Finding:
+        return Finding(self._cache.name, self._record.unit, path, problem, damaged)
+
+
+def _said(cache: Cache, path: str, error: Exception) -> str:
+    """The message without the name that stands before it anyway."""
+    return str(error).removeprefix(f"{cache.store.uri}/{path}: ")
+
+
+def verify_catalog(lake: Lake, seed: int = 0) -> Iterator[Finding]:
+    """The published catalog, with what it adds to it when it is opened, says what snapshots and shards say.
+
+    All files are compared, and of the samples a seeded few are looked up as a user would. Give it a lake whose units
+    are sound: shards that came after the catalog was published are read.
+    """
+    caches = [cache for name in lake.cache_names() if (cache := lake.cache(name)).has_snapshot()]
+    if not caches:
+        return
+    try:
+        with Catalog(lake) as catalog:
+            for cache in caches:
+                for problem in _catalog_problems(catalog, cache, seed):
+                    yield Finding(cache.name, "", layout.catalog_prefix(), f"{problem}; run `logitlake rebuild`")
+    except LakeError as error:
+        yield Finding("", "", layout.catalog_prefix(), str(error))
+
+
+def _catalog_problems(catalog: Catalog, cache: Cache, seed: int) -> Iterator[str]:
+    snapshot = cache.open_snapshot()
+    entries = {entry.path: entry for commit in snapshot.commits for entry in commit.shards}
+    named = _by_path(catalog, cache, "path, sha256, bytes, rows, tokens", "shards")
+    for path in sorted(entries.keys() | named.keys()):
+        entry = entries.get(path)
+        wanted = None if entry is None else (entry.sha256, entry.bytes, entry.rows, entry.tokens)
+        if wanted != named.get(path):
+            yield f"says {named.get(path)} of {path}, the snapshot {wanted}"
+    rows = [entry for entry in entries.values() if entry.kind == cache.spec.kind]
+    indexed = _by_path(catalog, cache, "path, count(*)", "sample_index")
+    for entry in rows:
+        if indexed.get(entry.path) != (entry.rows,):
+            yield f"indexes {indexed.get(entry.path, (0,))[0]} rows of {entry.path}, there are {entry.rows}"
+            return
+    generator = np.random.default_rng(seed)
+    for number in generator.choice(len(rows), min(len(rows), _LOOKED_UP), replace=False) if rows else ():
+        entry = rows[int(number)]
+        record = cache.index(entry).slice(int(generator.integers(entry.rows)), 1).to_pylist()[0]
+        place = Place(cache.name, entry, record["group"], record["row"])
+        if catalog.find(record["id"], cache.name) != [place]:
+            yield f"does not find {record['id']} in row {record['row']} of {entry.path}"
+
+
+def _by_path(catalog: Catalog, cache: Cache, columns: str, view: str) -> dict[str, tuple[object, ...]]:
+    name = cache.name.replace("'", "''")
+    answer = catalog.query(f"SELECT {columns} FROM {view} WHERE cache = '{name}' GROUP BY ALL")
+    return {path: tuple(rest) for path, *rest in zip(*(column.to_pylist() for column in answer.columns), strict=True)}

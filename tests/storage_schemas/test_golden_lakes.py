@@ -9,7 +9,7 @@ from logitlake_schemas import FORMAT_VERSION
 from logitlake_shared.catalog import Catalog
 from logitlake_shared.lake import Lake
 from logitlake_shared.reader import LakeDataset, PairDataset
-from logitlake_shared.verify import verify_cache
+from logitlake_shared.verify import verify_unit
 from tests.golden.make_format_1 import values
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -41,7 +41,7 @@ def test_readers_sql_and_verify_agree(folder: Path) -> None:
             if entry.kind == cache.spec.kind
         )
         for commit in cache.open_snapshot().commits:
-            assert list(verify_cache(cache, commit)) == []
+            assert verify_unit(cache, commit) == []
     with Catalog(lake) as catalog:
         (row,) = catalog.query("SELECT count(*) AS n, sum(k) AS entries FROM tokens").to_pylist()
         (topk,) = catalog.query("SELECT count(*) AS n FROM topk").to_pylist()

@@ -1,0 +1,242 @@
+"""One sample or pair as a person wants to see it: what was asked, what was answered, what the teacher thought.
+
+A pure record (`SampleView`), which the terminal prints and `--output json` writes. Token texts are there where the
+teacher's tokenizer is (see `token_text`); everything else comes from the lake alone.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from logitlake_schemas import CommitRecord, layout
+from logitlake_shared.catalog import Catalog, Place
+from logitlake_shared.errors import ConfigError, DataError
+from logitlake_shared.lake import Cache, Lake
+from logitlake_shared.rows import LakePair, LakeSample, pairs_from_table, samples_from_table
+
+__all__ = [
+    "Alternative",
+    "FoundSample",
+    "ImageView",
+    "Response",
+    "SampleView",
+    "TokenView",
+    "find_sample",
+    "view_sample",
+]
+
+Decode = Callable[[int], str] | None
+
+
+@dataclass(frozen=True)
+class FoundSample:
+    """Where a sample lies."""
+
+    cache: Cache
+    commit: CommitRecord
+    place: Place
+    also_in: tuple[str, ...]
+    """other caches that hold the same id"""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One stored entry of a token's distribution."""
+
+    token_id: int
+    text: str | None
+    probability: float
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One response token. Rank, entropy, tail and alternatives are None for pairs, which store the logprob alone."""
+
+    position: int
+    token_id: int
+    text: str | None
+    logprob: float
+    rank: int | None = None
+    entropy: float | None = None
+    tail_mass: float | None = None
+    alternatives: tuple[Alternative, ...] = ()
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response: a turn of the assistant, or a pair's `chosen` and `rejected`."""
+
+    name: str
+    logprob_sum: float
+    tokens: tuple[TokenView, ...]
+
+
+@dataclass(frozen=True)
+class ImageView:
+    """One image of the sample."""
+
+    sha256: str
+    format: str
+    width: int
+    height: int
+    bytes: int
+    saved_to: str | None
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """All of it."""
+
+    id: str
+    kind: str
+    cache: str
+    fingerprint: str
+    teacher: str
+    task: str
+    source: str
+    split: str
+    messages: list[dict[str, Any]]
+    prompt_tokens: int
+    expanded_length: int | None
+    ended_by: str
+    images: tuple[ImageView, ...]
+    responses: tuple[Response, ...]
+    tokenizer: str
+    """how the texts were made, or why there are none"""
+
+
+def find_sample(lake: Lake, sample_id: str, cache: str | None = None) -> FoundSample:
+    """Where the sample or pair lies, in the newest snapshots. Raises `DataError` where it is not."""
+    if cache is not None:
+        lake.cache(cache)  # a name that is no cache is another mistake than an id that is no sample
+    with Catalog(lake) as catalog:
+        places = catalog.find(sample_id, cache)
+        if not places:
+            known = catalog.query("SELECT DISTINCT sample_id FROM sample_index LIMIT 3").column(0).to_pylist()
+            raise DataError(
+                f"{lake.store.uri}: no sample or pair {sample_id!r} in {cache or 'any cache'}; ids look like "
+                f'{", ".join(known)}; list them with: logitlake sql {lake.store.uri} "SELECT * FROM sample_index"'
+            )
+    first, *others = places
+    found = lake.cache(first.cache)
+    unit = layout.unit_of_shard(first.entry.path)
+    commit = next(commit for commit in found.open_snapshot().commits if commit.unit == unit)
+    return FoundSample(found, commit, first, tuple(place.cache for place in others))
+
+
+def view_sample(
+    found: FoundSample, decode: Decode, note: str, *, top: int = 5, save_to: Path | None = None
+) -> SampleView:
+    """The sample, its images saved into the folder `save_to` where one is named. Raises `LakeCorruptError`."""
+    cache, row = found.cache, _read(found)
+    return SampleView(
+        id=row.sample_id if isinstance(row, LakeSample) else row.pair_id,
+        kind=cache.spec.kind,
+        cache=cache.name,
+        fingerprint=cache.fingerprint,
+        teacher=f"{cache.spec.engine.model} ({cache.spec.engine.engine} {cache.spec.engine.engine_version})",
+        task=row.task,
+        source=row.source,
+        split=row.split,
+        messages=row.messages,
+        prompt_tokens=len(row.prompt_ids),
+        expanded_length=row.expanded_length if isinstance(row, LakeSample) else None,
+        ended_by=row.finish_reason if isinstance(row, LakeSample) else row.made_by,
+        images=_images(found, row.image_sha256, save_to),
+        responses=_responses(row, decode, top) if isinstance(row, LakeSample) else _sides(row, decode),
+        tokenizer=note,
+    )
+
+
+def _read(found: FoundSample) -> LakeSample | LakePair:
+    """The row alone: its row group is read, its shard verified."""
+    place = found.place
+    with closing(found.cache.open(place.entry)) as shard:
+        before = sum(shard.group_rows[: place.row_group])
+        table = shard.read(group=place.row_group).slice(place.row - before, 1)
+    rows: list[LakeSample] | list[LakePair]
+    rows = samples_from_table(table) if place.entry.kind == "samples" else pairs_from_table(table)
+    return rows[0]
+
+
+def _responses(sample: LakeSample, decode: Decode, top: int) -> tuple[Response, ...]:
+    rows = sample.rows
+    stops = np.cumsum(rows.k_T.astype(np.int64))
+    tokens = [
+        TokenView(
+            position=t,
+            token_id=int(token_id),
+            text=decode(int(token_id)) if decode else None,
+            logprob=float(rows.label_logprob_T[t]),
+            rank=int(rows.label_rank_T[t]),
+            entropy=float(rows.entropy_T[t]),
+            tail_mass=float(np.exp(rows.log_tail_mass_T[t])),
+            alternatives=tuple(
+                Alternative(int(other), decode(int(other)) if decode else None, float(np.exp(logprob)))
+                for other, logprob in zip(
+                    rows.topk_ids[stops[t] - rows.k_T[t] : stops[t]][:top],
+                    rows.topk_logprobs[stops[t] - rows.k_T[t] : stops[t]][:top],
+                    strict=True,
+                )
+            ),
+        )
+        for t, token_id in enumerate(sample.response_ids)
+    ]
+    turns = np.split(np.arange(len(tokens)), np.cumsum(sample.response_lengths)[:-1])
+    names = ["response"] if len(turns) == 1 else [f"response {number}" for number in range(1, len(turns) + 1)]
+    return tuple(_response(name, [tokens[t] for t in turn]) for name, turn in zip(names, turns, strict=True))
+
+
+def _sides(pair: LakePair, decode: Decode) -> tuple[Response, ...]:
+    def side(ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32]) -> list[TokenView]:
+        return [
+            TokenView(t, int(token_id), decode(int(token_id)) if decode else None, float(logprob))
+            for t, (token_id, logprob) in enumerate(zip(ids, logprobs, strict=True))
+        ]
+
+    return (
+        _response("chosen", side(pair.chosen_ids, pair.chosen_logprobs)),
+        _response("rejected", side(pair.rejected_ids, pair.rejected_logprobs)),
+    )
+
+
+def _response(name: str, tokens: Sequence[TokenView]) -> Response:
+    return Response(name, sum(token.logprob for token in tokens), tuple(tokens))
+
+
+def _images(found: FoundSample, digests: Sequence[str], save_to: Path | None) -> tuple[ImageView, ...]:
+    if not digests:
+        return ()
+    stored: dict[str, dict[str, Any]] = {}
+    for entry in found.commit.shards:
+        if entry.kind == "images":
+            table = found.cache.read(entry)
+            wanted = table.filter(pc.is_in(table.column("image_sha256"), pa.array(sorted(set(digests)))))
+            stored |= {record["image_sha256"]: record for record in wanted.to_pylist()}
+    views = []
+    for digest in digests:
+        if digest not in stored:
+            raise DataError(
+                f"{found.place.entry.path}: names image {digest}, which its unit does not hold; run `logitlake verify`"
+            )
+        record = stored[digest]
+        saved = None if save_to is None else _save(record, save_to)
+        views.append(ImageView(digest, record["format"], record["width"], record["height"], len(record["data"]), saved))
+    return tuple(views)
+
+
+def _save(record: dict[str, Any], folder: Path) -> str:
+    path = folder / f"{record['image_sha256'][:16]}.{record['format'].lower()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(record["data"])
+    except OSError as error:
+        raise ConfigError(f"{path}: the image cannot be saved: {error}") from None
+    return str(path)

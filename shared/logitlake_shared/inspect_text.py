@@ -1,0 +1,148 @@
+"""A sample on a terminal: the conversation, then every response token coloured by how much it surprised the teacher."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from logitlake_shared.cli_output import compact_table
+from logitlake_shared.inspect_sample import Response, SampleView, TokenView
+
+__all__ = ["print_sample"]
+
+# Surprise of a token in nats (-logprob) up to which it has a colour: sure, likely, doubtful, not what it expected.
+_COLOURS = ((0.1, "green"), (1.0, "yellow"), (3.0, "dark_orange"), (math.inf, "bold red"))
+_BAR_WIDTH = 5
+# Choices that the teacher all but rules out are left to `--output json`.
+_SHOWN_PROBABILITY = 5e-4
+# Two tables side by side, each with room for its tokens.
+_SIDE_BY_SIDE_WIDTH = 76
+
+
+def print_sample(view: SampleView, also_in: Sequence[str] = (), console: Console | None = None) -> None:
+    """Prints it."""
+    console = console or Console()
+    console.print(Text(view.id, "bold").append(f"  {view.cache} · {view.fingerprint[:16]}", "not bold dim"))
+    console.print(_facts(view, also_in))
+    for message in view.messages:
+        console.print(_message(message))
+    if view.kind == "pairs" and console.width >= _SIDE_BY_SIDE_WIDTH:
+        beside = Table.grid(padding=(0, 2), expand=True)
+        for _ in view.responses:
+            beside.add_column(ratio=1)
+        for parts in zip(*(_response(response) for response in view.responses), strict=True):
+            beside.add_row(*parts)
+        console.print()
+        console.print(beside)
+    else:
+        for response in view.responses:
+            console.print()
+            console.print(Group(*_response(response)))
+    if console.color_system is not None and not console.no_color:
+        console.print(_legend())
+
+
+def _legend() -> Text:
+    legend = Text("surprise, nats: ", "dim")
+    for bound, colour in _COLOURS:
+        legend.append(f"≤ {bound:g}  " if math.isfinite(bound) else "above", colour)
+    return legend
+
+
+def _facts(view: SampleView, also_in: Sequence[str]) -> Table:
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
+    length = f", {view.expanded_length:,} with images expanded" if view.expanded_length is not None else ""
+    rows = [
+        ("teacher", view.teacher),
+        ("from", f"{view.source}, task {view.task}, split {view.split}, {view.ended_by}"),
+        ("prompt", f"{view.prompt_tokens:,} tokens{length}"),
+        ("tokens", view.tokenizer),
+    ]
+    if also_in:
+        rows.append(("also in", f"{', '.join(also_in)}; choose with --cache"))
+    for name, text in rows:
+        facts.add_row(name, Text(text))
+    for image in view.images:
+        text = f"{image.sha256}  {image.format} {image.width}×{image.height}, {image.bytes:,} bytes"
+        facts.add_row("image", Text(text + (f", saved to {image.saved_to}" if image.saved_to else "")))
+    return facts
+
+
+def _message(message: dict[str, Any]) -> Text:
+    content = message.get("content", "")
+    if not isinstance(content, str):
+        content = "".join(part.get("text", f"<{part.get('type', 'part')}>") for part in content)
+    return Text(f"{message.get('role', '?')}: ", "bold").append(_visible(str(content), newlines=True), "not bold")
+
+
+def _response(response: Response) -> Iterator[RenderableType]:
+    yield Text(response.name, "bold").append(
+        f"  {len(response.tokens)} tokens, logprob {_signed(response.logprob_sum)}", "not bold dim"
+    )
+    if all(token.text is not None for token in response.tokens):
+        flow = Text()
+        for token in response.tokens:
+            flow.append(_visible(token.text or "", newlines=True), _colour(token))
+        yield flow
+    yield Text()
+    yield _token_table(response.tokens)
+
+
+def _token_table(tokens: Sequence[TokenView]) -> Table:
+    full = any(token.rank is not None for token in tokens)
+    grid = compact_table()
+    for heading in ("", "token", "logprob"):
+        grid.add_column(heading, justify="left" if heading == "token" else "right", no_wrap=heading != "token")
+    for heading in ("rank", "entropy", "tail") if full else ():
+        grid.add_column(heading, justify="right", no_wrap=True)
+    grid.add_column("the teacher's choices" if full else "probability", overflow="fold")
+    for token in tokens:
+        cells = [Text(str(token.position), "dim"), _name(token.token_id, token.text, _colour(token))]
+        cells.append(Text(_signed(token.logprob), _colour(token)))
+        if full:
+            cells += [Text(str(token.rank)), Text(f"{token.entropy:.3f}"), Text(f"{token.tail_mass:.0e}")]
+            cells.append(_choices(token))
+        else:
+            probability = math.exp(token.logprob)
+            cells.append(Text(f"{probability:.3f} ").append("█" * round(probability * _BAR_WIDTH), _colour(token)))
+        grid.add_row(*cells)
+    return grid
+
+
+def _choices(token: TokenView) -> Text:
+    text = Text()
+    for place, choice in enumerate(token.alternatives):
+        is_label = choice.token_id == token.token_id
+        if place and not is_label and choice.probability < _SHOWN_PROBABILITY:
+            continue
+        text.append("  " if place else "")
+        text.append_text(_name(choice.token_id, choice.text, _colour(token) if is_label else ""))
+        text.append(f" {choice.probability:.3f}", "dim")
+    return text
+
+
+def _name(token_id: int, text: str | None, style: str) -> Text:
+    """The token's text with its blanks made visible; the id where there is no text."""
+    return Text(f"#{token_id}" if text is None else _visible(text).replace(" ", "␣") or '""', style)
+
+
+def _signed(logprob: float) -> str:
+    """Three decimals, and zero without a sign."""
+    return f"{round(logprob, 3) + 0.0:.3f}"
+
+
+def _colour(token: TokenView) -> str:
+    return next(colour for bound, colour in _COLOURS if -token.logprob <= bound)
+
+
+def _visible(text: str, newlines: bool = False) -> str:
+    """Control characters written out: what a model answered must not move the cursor."""
+    return "".join(
+        sign if sign.isprintable() or (newlines and sign == "\n") else sign.encode("unicode_escape").decode()
+        for sign in text
+    )

@@ -1,0 +1,125 @@
+"""Local copies of an object store's shards, in a folder that several processes share.
+
+A shard is fetched whole, once: its row groups are then read from the local disk. Copies are named by their content,
+so any number of lakes may use one folder; a copy appears by rename, complete or not at all, and its sha256 is
+verified by every process before its first use there. The folder holds at most `max_bytes`, the least recently used
+copies leave first; a copy that is open somewhere stays readable until it is closed.
+"""
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from logitlake_schemas import ShardEntry, sha256_hex
+from logitlake_shared.errors import ConfigError, LakeCorruptError
+from logitlake_shared.store import ObjectStore
+
+__all__ = ["DEFAULT_BYTES", "FOLDER_VARIABLE", "ShardCopies", "default_folder"]
+
+FOLDER_VARIABLE = "LOGITLAKE_SHARD_COPIES"
+DEFAULT_BYTES = 32 * 2**30
+_SUFFIX = ".parquet"
+
+
+def default_folder() -> Path:
+    """$LOGITLAKE_SHARD_COPIES, or `logitlake/shards` in the user's cache folder."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logitlake" / "shards"
+
+
+class ShardCopies:
+    """The copies in `folder`. Raises `ConfigError` where it cannot be written."""
+
+    def __init__(self, folder: str | Path | None = None, max_bytes: int = DEFAULT_BYTES) -> None:
+        self.folder, self._max_bytes = Path(folder) if folder is not None else default_folder(), max_bytes
+        self._verified: set[str] = set()
+        self._locks: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder}: cannot hold copies of shards: {error}; name another folder by {FOLDER_VARIABLE}"
+            ) from error
+
+    def fetch(self, store: ObjectStore, entry: ShardEntry) -> Path:
+        """The local file with the shard's bytes, fetched if it is not there.
+
+        Raises `LakeCorruptError` when the store's bytes are not those that were committed.
+        """
+        path = self.folder / f"{entry.sha256}{_SUFFIX}"
+        with self._lock:
+            lock = self._locks.setdefault(entry.sha256, threading.Lock())
+        with lock:  # one thread fetches, the others wait
+            if not self._is_good(path, entry):
+                self._write(path, _committed_bytes(store, entry))
+                self._verified.add(entry.sha256)
+                self._trim(path)
+        return path
+
+    def _is_good(self, path: Path, entry: ShardEntry) -> bool:
+        try:
+            if path.stat().st_size != entry.bytes:
+                return False
+            if entry.sha256 not in self._verified:
+                # A copy that rotted on the local disk is fetched again: the store's bytes are the truth.
+                if sha256_hex(path.read_bytes()) != entry.sha256:
+                    return False
+                self._verified.add(entry.sha256)
+            os.utime(path)  # most recently used
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _write(self, path: Path, data: bytes) -> None:
+        building = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            building.write_bytes(data)
+            building.replace(path)
+        finally:
+            building.unlink(missing_ok=True)
+
+    def _trim(self, newest: Path) -> None:
+        """Removes the least recently used copies over the bound; `newest` always stays."""
+        with self._locked():
+            copies = []
+            for path in self.folder.glob(f"*{_SUFFIX}"):
+                try:
+                    status = path.stat()
+                except FileNotFoundError:  # another process removed it before it waited for this lock
+                    continue
+                copies.append((status.st_mtime_ns, status.st_size, path))
+            total = sum(size for _, size, _ in copies)
+            for _, size, path in sorted(copies):
+                if total <= self._max_bytes:
+                    break
+                if path != newest:
+                    path.unlink(missing_ok=True)
+                    total -= size
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.folder / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _committed_bytes(store: ObjectStore, entry: ShardEntry) -> bytes:
+    where = f"{store.uri}/{entry.path}"
+    data = store.get(entry.path)
+    if data is None:
+        raise LakeCorruptError(
+            f"{where}: committed but missing; restore it, or let `logitlake verify --repair` return its unit to the "
+            "plan"
+        )
+    if len(data) != entry.bytes or sha256_hex(data) != entry.sha256:
+        raise LakeCorruptError(
+            f"{where}: expected {entry.bytes} bytes with sha256 {entry.sha256}, got {len(data)} bytes with "
+            f"{sha256_hex(data)}; restore it, or let `logitlake verify --repair` return its unit to the plan"
+        )
+    return data

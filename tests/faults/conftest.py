@@ -1,0 +1,83 @@
+"""The shim, compiled once a run, the warm process whose children it breaks, and the small capture they do."""
+
+import pickle
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tests.contract.conftest import s3_bucket, s3_endpoint
+from tests.faults.harness import NO_FAULT, Fault, Outcome, Running, Workers
+from tests.faults.laws import tree
+
+from logitlake_schemas import CaptureSpec
+from logitlake_shared.lake import UnitResult
+
+__all__ = ["Bench", "bench", "finished", "s3_bucket", "s3_endpoint", "shim", "workers"]
+
+_SOURCE = Path(__file__).with_name("faults.c")
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that `faults.c` describes. Linux and a C compiler are needed, and are not optional."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.fail("the fault tests compile tests/faults/faults.c: install a C compiler (gcc)")
+    library = tmp_path_factory.mktemp("shim") / "faults.so"
+    command = [compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, _SOURCE, "-ldl"]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, f"{compiler} cannot compile {_SOURCE}:\n{built.stderr}"
+    return library
+
+
+@pytest.fixture(scope="session")
+def workers(shim: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """The warm process, one for the run."""
+    workers = Workers(shim, tmp_path_factory.mktemp("reports"))
+    yield workers
+    workers.close()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One lake to break, and the capture that is done in it."""
+
+    workers: Workers
+    scenario: Path
+    root: Path
+    spec: CaptureSpec
+    units: list[UnitResult]
+
+    def run(self, job: str, fault: Fault = NO_FAULT, root: Path | str | None = None, **arguments: object) -> Outcome:
+        """A job in a child, to its end."""
+        return self.workers.run(job, root or self.root, self.scenario, fault, **arguments)
+
+    def start(self, job: str, fault: Fault = NO_FAULT, **arguments: object) -> Running:
+        """A job in a child."""
+        return self.workers.start(job, self.root, self.scenario, fault, **arguments)
+
+
+@pytest.fixture
+def bench(workers: Workers, tmp_path: Path, capture_spec: CaptureSpec, make_unit: Callable[..., UnitResult]) -> Bench:
+    """An absent lake and a capture of two units of two samples."""
+    units = [make_unit(1), make_unit(2)]
+    scenario = tmp_path / "scenario.pickle"
+    scenario.write_bytes(pickle.dumps({"spec": capture_spec, "units": units}))
+    return Bench(workers, scenario, tmp_path / "lake", capture_spec, units)
+
+
+_FINISHED: dict[str, dict[str, bytes]] = {}
+
+
+@pytest.fixture
+def finished(bench: Bench) -> dict[str, bytes]:
+    """Every file of the lake after a capture that nothing disturbed: name to bytes. The same for every test."""
+    if not _FINISHED:
+        root = bench.root.with_name("undisturbed")
+        outcome = bench.run("capture", root=root)
+        assert outcome.ended == "done", outcome.said
+        _FINISHED.update(tree(root))
+    return _FINISHED

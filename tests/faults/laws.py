@@ -1,0 +1,83 @@
+"""What holds after every fault: the invariants I1-I6 and I10 of a lake, as checks of a folder.
+
+I1  what a record or snapshot names is there, whole      I4  every planned sample is counted once
+I2  what was acknowledged is not done again              I5  a reader sees one snapshot (`test_gc_and_readers`)
+I3  no sample twice                                      I6  doing finished work again changes no byte
+I10 what a stopped writer leaves is never data, and collection names it
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from logitlake_shared.errors import LakeFormatError
+from logitlake_shared.gc import find_garbage
+from logitlake_shared.lake import Lake, UnitResult
+from logitlake_shared.reader import LakeDataset
+from logitlake_shared.verify import CacheCheck, Finding
+
+__all__ = ["assert_finished", "assert_nothing_torn", "findings", "tree"]
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Every file below `root`: its relative name and its bytes."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def findings(root: Path, cache: str = "main") -> list[Finding]:
+    """What `logitlake verify` finds in the cache."""
+    check = CacheCheck(Lake.open(root).cache(cache))
+    found = list(check.records())
+    for unit in check.units:
+        found += check.unit(unit, full=True)
+    return [*found, *check.ids()]
+
+
+def assert_nothing_torn(root: Path, acknowledged: Iterable[str] = (), snapshots: Iterable[int] = ()) -> None:
+    """A lake as a fault left it: whatever is named is whole (I1), and what was acknowledged is there (I2)."""
+    acknowledged, snapshots = list(acknowledged), list(snapshots)
+    try:
+        lake = Lake.open(root)
+    except LakeFormatError:
+        assert not acknowledged, "the lake of an acknowledged unit is gone"
+        assert not any(name for name in tree(root) if "#" not in name), "files in a lake that does not open"
+        return
+    assert not any("#" in name for name in lake.store.names("")), "a half-written file is listed as an object"
+    if "main" not in lake.cache_names():
+        assert not acknowledged, "the cache of an acknowledged unit is gone"
+        return
+    cache = lake.cache("main")
+    committed = cache.committed_units()
+    assert set(acknowledged) <= committed
+    pinned = [cache.open_snapshot(number) for number in snapshots]
+    if cache.has_snapshot():
+        pinned.append(cache.open_snapshot())
+    for commit in [*map(cache.commit, committed), *(commit for snapshot in pinned for commit in snapshot.commits)]:
+        for entry in commit.shards:
+            data = (root / entry.path).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.bytes, entry.sha256)
+    leftovers = {name for name in tree(root) if "#" in name}
+    assert leftovers <= {garbage.path for garbage in find_garbage(lake, grace_s=0)}, "a leftover that gc cannot see"
+
+
+def assert_finished(root: Path, units: Sequence[UnitResult], expected: dict[str, bytes]) -> None:
+    """A lake after the work was finished: the bytes of an undisturbed one (I1, I6), each sample once (I3, I4)."""
+    lake = Lake.open(root)
+    cache = lake.cache("main")
+    garbage = {one.path for one in find_garbage(lake, grace_s=0)}
+    files = {name: data for name, data in tree(root).items() if name not in garbage}
+    assert files.keys() == expected.keys()
+    assert files == expected
+    snapshot = cache.open_snapshot()
+    assert [commit.unit for commit in snapshot.commits] == sorted(unit.unit for unit in units)
+    assert findings(root) == []
+    dataset = LakeDataset(root, "main")
+    samples = {sample.sample_id: sample for unit in units for sample in unit.samples}
+    assert dataset.ids() == sorted(samples)
+    for item in dataset.__getitems__(range(len(dataset))):
+        np.testing.assert_array_equal(item.rows.topk_ids, samples[item.sample_id].rows.topk_ids)
+        np.testing.assert_array_equal(item.rows.topk_logprobs, samples[item.sample_id].rows.topk_logprobs)
+        assert [hashlib.sha256(image).hexdigest() for image in item.images] == list(item.image_sha256)
+    dataset.close()
