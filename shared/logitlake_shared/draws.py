@@ -30,7 +30,7 @@ def uniforms(policy: SampledPolicy, sample_id: str, num_tokens: int) -> npt.NDAr
 
 
 def check_draws(rows: DrawnRows, policy: SampledPolicy, vocab_size: int) -> None:
-    """Refuses what must never be written. Raises `EngineError` that begins with `teacher_nonfinite`, `teacher_invalid`."""
+    """Refuses what must never be written. Raises `EngineError` that begins `teacher_nonfinite` or `teacher_invalid`."""
     num_bad = int((~np.isfinite(rows.label_logprob_T)).sum() + (~np.isfinite(rows.entropy_T)).sum())
     if num_bad:
         raise EngineError(

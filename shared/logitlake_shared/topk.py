@@ -273,7 +273,7 @@ def _xlogx(p: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def rounded(values: npt.NDArray[np.floating[Any]]) -> Float32:
-    """A token's own figures to the ten mantissa bits of a float16, as float32: half the bytes, and SQL needs no more."""
+    """A token's own figures to the ten mantissa bits of a float16, as float32: half the bytes, enough for SQL."""
     exact = np.ascontiguousarray(values, np.float32)
     half = np.uint32(1 << (_DROPPED_BITS - 1))
     mask = np.uint32(0xFFFFFFFF << _DROPPED_BITS & 0xFFFFFFFF)

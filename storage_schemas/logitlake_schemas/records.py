@@ -97,7 +97,7 @@ class CodecPolicy(Record):
     """entries captured for each token, at most"""
     k_min: int = Field(default=1, gt=0)
     """entries kept for each token, at least"""
-    p_min: float = Field(default=4e-3, ge=0, lt=1)
+    p_min: float = Field(default=2e-3, ge=0, lt=1)
     """entries below this probability are dropped beyond `k_min`; 0 keeps `k_max` of each token"""
     grid: Literal["companded256", "exact"] = "companded256"
     """`companded256` snaps logprobs to 256 levels, uniform in sqrt(p); `exact` keeps float32"""

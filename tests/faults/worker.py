@@ -20,8 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from logitlake_shared.catalog import open_catalog, publish_catalog
 from logitlake_shared.errors import LakeConflictError, LogitLakeError
+from logitlake_shared.gc import collect, find_garbage
 from logitlake_shared.lake import Cache, Lake, UnitResult
+from logitlake_shared.reader import LakeDataset
 
 # A child that hangs is ended by the kernel; no job takes a second.
 _DEADLINE_S = 120
@@ -74,8 +79,6 @@ def snapshot(root: str, scenario: Scenario, say: Say) -> None:
 
 def read(root: str, scenario: Scenario, say: Say) -> None:
     """Everything the newest snapshot holds, as a digest of its rows."""
-    from logitlake_shared.reader import LakeDataset
-
     dataset = LakeDataset(root, "main")
     digest = hashlib.sha256()
     for place in range(len(dataset)):
@@ -85,8 +88,6 @@ def read(root: str, scenario: Scenario, say: Say) -> None:
 
 def gc(root: str, scenario: Scenario, say: Say) -> None:
     """Collection that waits for nobody: what is garbage now goes, however young."""
-    from logitlake_shared.gc import collect, find_garbage
-
     lake = Lake.open(root)
     for garbage in find_garbage(lake, grace_s=0):
         say(listed=garbage.path)
@@ -95,15 +96,11 @@ def gc(root: str, scenario: Scenario, say: Say) -> None:
 
 def catalog(root: str, scenario: Scenario, say: Say) -> None:
     """The catalog of the newest snapshots, published."""
-    from logitlake_shared.catalog import publish_catalog
-
     say(catalog=publish_catalog(Lake.open(root)))
 
 
 def ask(root: str, scenario: Scenario, say: Say) -> None:
     """What a SQL client sees."""
-    from logitlake_shared.catalog import open_catalog
-
     with open_catalog(root) as opened:
         found = opened.query("SELECT sample_id, task, num_tokens FROM sample_index ORDER BY sample_id").to_pylist()
         tokens = opened.query("SELECT count(*) AS tokens, sum(label_logprob) AS total FROM tokens").to_pylist()
@@ -189,6 +186,8 @@ def _child(order: dict[str, Any]) -> None:
 
 def main() -> None:
     """Takes orders until its input ends: `{"job": …}` starts a child, `{"wait": pid}` waits until it ends or stops."""
+    # What the first child would import or set up, each child would: pyarrow looks for pandas at its first conversion.
+    pa.array([0])
     _answer({"ready": True})
     for line in sys.stdin:
         order = json.loads(line)

@@ -1,9 +1,9 @@
 """Makes the golden lake of format 1. Run once, when the format is made: a golden file is never made again.
 
-    python -m tests.golden.make_format_1
+python -m tests.golden.make_format_1
 
-    format-1/lake/        a lake with every kind of cache and codec, as the writer of its day wrote it
-    format-1/values.json  what its rows say, as plain JSON
+format-1/lake/        a lake with every kind of cache and codec, as the writer of its day wrote it
+format-1/values.json  what its rows say, as plain JSON
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tests.conftest import EOS_ID, VOCAB_SIZE, make_png, make_teacher_rows
 
 from logitlake_schemas import (
     CaptureSpec,
@@ -27,7 +28,6 @@ from logitlake_shared.images import inspect_image
 from logitlake_shared.lake import Cache, Lake, UnitResult
 from logitlake_shared.rows import LakePair, LakeSample
 from logitlake_shared.topk import DrawnRows, StoredRows, concatenate, encode, stored_error
-from tests.conftest import EOS_ID, VOCAB_SIZE, make_png, make_teacher_rows
 
 FOLDER = Path(__file__).parent / "format-1"
 LENGTHS = (3, 1, 4)
@@ -126,7 +126,7 @@ def _rows(codec: Codec, seed: int) -> tuple[list[StoredRows], Any]:
 
 
 def _response(length: int) -> list[int]:
-    return [7, 8, 9, 10][: length - 1] + [EOS_ID]
+    return [*range(7, 6 + length), EOS_ID]
 
 
 def fill_pairs(cache: Cache) -> None:

@@ -56,7 +56,7 @@ def test_incremental_equals_rebuilt(
     assert publish_catalog(lake) == 4
     assert rebuild_catalog(lake) == 5
     assert _tables(lake, 4) == _tables(lake, 5)
-    units = duckdb_units(lake, 4)
+    units = _units(lake, 4)
     assert units == {"000000-test", "000001-test", "000003-test"}
 
 
@@ -197,7 +197,7 @@ print(json.dumps([duckdb.__version__, tokens, places]))
 
 @pytest.mark.parametrize("version", ["1.4", "2."])
 def test_plain_duckdb_reads_the_lake(lake: Lake, version: str) -> None:
-    """The recipe of `docs/format.md` in a process without this package, in an old DuckDB and in ours."""
+    """The recipe of the package's docstring, in a process without this package, in an old DuckDB and in ours."""
     publish_catalog(lake)
     environment = dict(os.environ)
     command = [sys.executable, "-c", PLAIN, lake.store.uri]
@@ -225,7 +225,7 @@ def _tables(lake: Lake, number: int) -> dict[str, pa.Table]:
         return {table: connection.sql(f"FROM {table}").to_arrow_table() for table in TABLES}
 
 
-def duckdb_units(lake: Lake, number: int) -> set[str]:
+def _units(lake: Lake, number: int) -> set[str]:
     """The units of the samples in a published file."""
     shards = _tables(lake, number)["shards"].to_pylist()
     return {shard["unit"] for shard in shards if shard["kind"] == "samples"}

@@ -1,4 +1,4 @@
-"""Laws of collection and quarantine: what a reader can reach stays, what nobody can reach goes, and a race loses nothing."""
+"""Laws of collection and quarantine: what a reader can reach stays, the rest goes, and a race loses nothing."""
 
 import os
 from collections.abc import Callable

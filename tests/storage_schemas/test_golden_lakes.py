@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.golden.make_format_1 import values
 
 from logitlake_schemas import FORMAT_VERSION
 from logitlake_shared.catalog import Catalog
 from logitlake_shared.lake import Lake
 from logitlake_shared.reader import LakeDataset, PairDataset
 from logitlake_shared.verify import verify_unit
-from tests.golden.make_format_1 import values
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FORMATS = sorted(GOLDEN.glob("format-*"), key=lambda folder: int(folder.name.removeprefix("format-")))

@@ -12,10 +12,23 @@ The usual questions need `samples` and `tokens` and never unpack a top-k.
     index_file  the tables as a DuckDB file
     publish     `catalog/catalog-00000001.duckdb`, …: who writes them, when, and what a loser of a race does
     pruning     which shards a filter can speak of
+    open_shards the shards that a question needs, opened then
     scan        shards as tables that DuckDB scans
     query       the views, and how DuckDB is locked in
 
 Only `index_file`, `publish` and `query` import duckdb.
+
+A published file is plain DuckDB (1.4 or later), its paths are relative to the lake. Without this package:
+
+    ATTACH 'lake/catalog/catalog-00000001.duckdb' AS cat (READ_ONLY);
+    SET VARIABLE paths = (SELECT list('lake/' || path) FROM cat.shards WHERE kind = 'samples');
+    SELECT task, count(*) FROM read_parquet(getvariable('paths')) GROUP BY task;
+
+    SELECT path, row_group, row FROM cat.sample_index JOIN cat.shards USING (shard)
+    WHERE id_hash = (md5_number_lower('the-id') >> 32)::UINTEGER AND sample_id = 'the-id';
+
+(The second finds one of ten million samples in milliseconds; without `id_hash` it reads every id. DuckDB's own
+`read_parquet` does not verify checksums: SQL through this package does.)
 """
 
 from logitlake_shared.catalog.publish import publish_catalog, rebuild_catalog

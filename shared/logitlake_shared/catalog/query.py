@@ -23,8 +23,9 @@ import pyarrow.dataset as ds
 
 from logitlake_schemas import COLUMNS, ShardEntry, ShardKind, layout
 from logitlake_shared.catalog.index_file import ID_HASH, attach, create_empty, identities, quoted
+from logitlake_shared.catalog.open_shards import OpenShards, ShardRows, entry_of
 from logitlake_shared.catalog.publish import fetch, newest_number
-from logitlake_shared.catalog.scan import EntryScan, OpenShards, RowScan, ShardRows, TokenScan, entry_of
+from logitlake_shared.catalog.scan import EntryScan, RowScan, TokenScan
 from logitlake_shared.catalog.tables import (
     INDEX_SCHEMA,
     Pinned,

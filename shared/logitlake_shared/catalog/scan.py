@@ -8,11 +8,10 @@ No shard is opened before a question needs it. A filter on the ids opens only th
 it. Open shards are kept for the next question, small ones are handed on together: DuckDB likes large batches.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,20 +19,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from logitlake_schemas import COLUMNS, SAMPLE_COLUMNS, ShardEntry, ShardKind, arrow_schema
+from logitlake_schemas import COLUMNS, SAMPLE_COLUMNS, ShardKind, arrow_schema
+from logitlake_shared.catalog.open_shards import OpenShards, ScannedShard, ShardRows
 from logitlake_shared.catalog.pruning import Bounds
 from logitlake_shared.errors import LakeError
-from logitlake_shared.lake import Cache
-from logitlake_shared.shards import Shard
 
-__all__ = ["EntryScan", "OpenShards", "RowScan", "ScannedShard", "ShardRows", "TokenScan", "entry_of", "flatten_lists"]
+__all__ = ["EntryScan", "RowScan", "TokenScan", "flatten_lists"]
 
 # Batches are made ahead of what DuckDB asks for, so that decoding and questioning overlap. A remote store answers each
 # request slowly, but many at once.
 _THREADS_LOCAL, _THREADS_REMOTE = 2, 16
 # What small shards are joined to: fewer and larger batches are cheaper, up to about here.
 _BATCH_TOKENS = 131_072
-_OPEN_SHARDS = 128
 
 # Names repeat for thousands of rows; DuckDB computes on each distinct value once.
 _NAME = pa.dictionary(pa.int32(), pa.string())
@@ -41,74 +38,6 @@ _CACHE = pa.field("cache", _NAME, nullable=False)
 _OWNER = ("sample_id", "task", "source", "split")
 # What the unnested columns are called.
 _SINGULAR = {"response_ids": "token_id", "topk_ids": "token_id", "topk_logprobs": "logprob"}
-
-
-@dataclass(frozen=True)
-class ScannedShard:
-    """A shard as the scans see it."""
-
-    cache: Cache
-    entry: ShardEntry
-
-
-class ShardRows:
-    """The shards of one kind, as rows of the view `shards`; records of them are made when they are needed."""
-
-    def __init__(self, rows: pa.Table, caches: Mapping[str, Cache]) -> None:
-        self._rows, self._caches = rows, caches
-
-    def __iter__(self) -> Iterator[ScannedShard]:
-        for row in self._rows.to_pylist():
-            yield ScannedShard(self._caches[row["cache"]], entry_of(row))
-
-    def select(self, condition: Any) -> "ShardRows":
-        """Those for which an Arrow expression over the columns of `shards` is true."""
-        return ShardRows(self._rows.filter(condition), self._caches)
-
-    def take(self, places: Sequence[int]) -> "ShardRows":
-        """Those at these places, in this order."""
-        return ShardRows(self._rows.take(pa.array(places, pa.int64())), self._caches)
-
-    def bounds(self, id_column: str | None, schema: pa.Schema) -> Bounds:
-        """What is known of their ids. The rows must be sorted by cache and first id."""
-        return Bounds(id_column, self._rows, schema)
-
-
-def entry_of(row: Mapping[str, Any]) -> ShardEntry:
-    """The record of a row of `shards`. Its values were checked when they were read from the commit record."""
-    return ShardEntry.model_construct(**{name: row[name] for name in ShardEntry.model_fields})
-
-
-class OpenShards:
-    """Shards that stay open between questions, the least recently used closed first. Each has one user at a time."""
-
-    def __init__(self) -> None:
-        self._idle: dict[str, Shard] = {}
-        self._lock = Lock()
-
-    def take(self, shard: ScannedShard) -> Shard:
-        """The shard, opened if it is not idle here. Raises `LakeCorruptError`, `LakeFormatError`."""
-        with self._lock:
-            opened = self._idle.pop(shard.entry.path, None)
-        return opened if opened is not None else shard.cache.open(shard.entry, verify=False)
-
-    def give(self, shard: ScannedShard, opened: Shard) -> None:
-        """Hands a shard back."""
-        with self._lock:
-            spare = [self._idle.pop(shard.entry.path, None)]
-            self._idle[shard.entry.path] = opened
-            if len(self._idle) > _OPEN_SHARDS:
-                spare.append(self._idle.pop(next(iter(self._idle))))
-        for old in spare:
-            if old is not None:
-                old.close()
-
-    def close(self) -> None:
-        """Closes what is idle."""
-        with self._lock:
-            idle, self._idle = list(self._idle.values()), {}
-        for shard in idle:
-            shard.close()
 
 
 class RowScan(ds.InMemoryDataset):  # type: ignore[misc]
