@@ -34,10 +34,9 @@ from benchmarks.harness import Figure, publish
 from benchmarks.logprobs import FOLDER, synth
 from benchmarks.made_lake import VOCAB_SIZE, made_lake, make_spec, make_unit
 from logitlake_schemas import CodecPolicy
-from logitlake_shared import row_groups
 from logitlake_shared.lake import Lake, UnitResult
-from logitlake_shared.loader import LakeLoader
-from logitlake_shared.reader import LakeDataset
+from logitlake_shared.reader import LakeDataset, row_groups
+from logitlake_shared.reader.loader import LakeLoader
 from logitlake_shared.rows import LakeSample
 from logitlake_shared.topk import TeacherRows, decode, encode, split
 

@@ -15,7 +15,7 @@ from logitlake_shared.cli_support import progress, run_cli
 from logitlake_shared.errors import QueryError
 
 if TYPE_CHECKING:
-    from logitlake_shared.stats import By, CacheStats
+    from logitlake_shared.tools.stats import By, CacheStats
 
 __all__ = ["main"]
 
@@ -130,10 +130,10 @@ def inspect(
     from dataclasses import asdict
 
     from logitlake_shared.cli_output import to_json
-    from logitlake_shared.inspect_sample import find_sample, view_sample
-    from logitlake_shared.inspect_text import print_sample
     from logitlake_shared.lake import Lake
-    from logitlake_shared.token_text import find_token_text
+    from logitlake_shared.tools.inspect_sample import find_sample, view_sample
+    from logitlake_shared.tools.inspect_text import print_sample
+    from logitlake_shared.tools.token_text import find_token_text
 
     place = find_sample(Lake.open(lake), sample, cache)
     decode, note = find_token_text(place.cache.spec, tokenizer)
@@ -161,7 +161,7 @@ def stats(lake: str, cache: str | None, by: "By", html: Path | None, png: Path |
     logitlake stats runs/demo/lake --cache main --by task --html stats.html
     """
     from logitlake_shared.catalog import open_catalog
-    from logitlake_shared.stats import lake_stats
+    from logitlake_shared.tools.stats import lake_stats
 
     with open_catalog(lake) as catalog:
         num_caches = 1 if cache else catalog.query("FROM caches").num_rows
@@ -169,12 +169,12 @@ def stats(lake: str, cache: str | None, by: "By", html: Path | None, png: Path |
             found = lake_stats(catalog, cache, by, advance)
     _print_stats(found, output)
     if html is not None:
-        from logitlake_shared.stats_page import save_html
+        from logitlake_shared.tools.stats_page import save_html
 
         save_html(lake, found, html)
         click.echo(f"page: {html}", err=True)
     if png is not None:
-        from logitlake_shared.stats_plot import save_png
+        from logitlake_shared.tools.stats_plot import save_png
 
         save_png(found, png)
         click.echo(f"picture: {png}", err=True)
@@ -189,7 +189,7 @@ def _print_stats(found: "list[CacheStats]", output: str) -> None:
         for one in found:
             click.echo(to_json(asdict(one)))
     else:
-        from logitlake_shared.stats_text import print_stats
+        from logitlake_shared.tools.stats_text import print_stats
 
         print_stats(found)
 

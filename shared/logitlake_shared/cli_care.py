@@ -11,7 +11,7 @@ from logitlake_shared.errors import ConfigError, LakeCorruptError
 
 if TYPE_CHECKING:
     from logitlake_shared.lake import Lake
-    from logitlake_shared.verify import Finding
+    from logitlake_shared.tools.verify import Finding
 
 __all__ = ["diff", "gc", "rebuild", "verify"]
 
@@ -92,7 +92,7 @@ def verify(lake: str, cache: str | None, sample: float, seed: int, repair: bool,
 
 def _check(lake: "Lake", only: str | None, share: float, seed: int) -> tuple[list["Finding"], int, int]:
     """All findings, the number of units, and how many of them were read."""
-    from logitlake_shared.verify import CacheCheck, chosen_units, verify_catalog
+    from logitlake_shared.tools.verify import CacheCheck, chosen_units, verify_catalog
 
     checks = [CacheCheck(lake.cache(name)) for name in ([only] if only else lake.cache_names())]
     findings: list[Finding] = []
@@ -115,7 +115,7 @@ def _check(lake: "Lake", only: str | None, share: float, seed: int) -> tuple[lis
 
 
 def _repair(lake: "Lake", uri: str, findings: list["Finding"], num_units: int, yes: bool) -> None:
-    from logitlake_shared.verify import quarantine_damaged
+    from logitlake_shared.tools.verify import quarantine_damaged
 
     if not yes and sys.stdin.isatty():
         question = f"take back the commit records of {_count(num_units, 'unit')}? Quarantine records keep them"
@@ -147,9 +147,9 @@ def diff(lake: str, cache_a: str, cache_b: str, to_lake: str | None, worst: int,
     logitlake diff runs/demo/lake main exact
     logitlake diff runs/a/lake main main --to-lake runs/b/lake -o json
     """
-    from logitlake_shared.diff import diff_caches
-    from logitlake_shared.diff_text import diff_json, print_diff
     from logitlake_shared.lake import Lake
+    from logitlake_shared.tools.diff import diff_caches
+    from logitlake_shared.tools.diff_text import diff_json, print_diff
 
     a = Lake.open(lake).cache(cache_a)
     b = Lake.open(to_lake or lake).cache(cache_b)
@@ -182,8 +182,8 @@ def gc(lake: str, dry_run: bool, yes: bool, grace: float) -> None:
     logitlake gc runs/demo/lake
     logitlake gc runs/demo/lake --grace 2d --yes
     """
-    from logitlake_shared.gc import collect, find_garbage
     from logitlake_shared.lake import Lake
+    from logitlake_shared.tools.gc import collect, find_garbage
 
     if dry_run and yes:
         raise ConfigError("--dry-run and --yes ask for opposite things; give one of them")

@@ -333,7 +333,7 @@ class Cache:
         return entry, data
 
     def _put_shard(self, entry: ShardEntry, data: bytes) -> None:
-        """Makes sure that the shard is in the store, whole and young: see `logitlake_shared.gc`.
+        """Makes sure that the shard is in the store, whole and young: see `logitlake_shared.tools.gc`.
 
         Its name says what its bytes are. So a name that is taken holds these bytes, or bytes that were damaged, and
         writing them once more is right in both cases.

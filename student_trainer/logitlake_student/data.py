@@ -21,8 +21,8 @@ from logitlake_schemas import CaptureSpec, Codec, sha256_hex
 from logitlake_shared.alignment import expand_images, interleave, predicting_rows
 from logitlake_shared.errors import FingerprintMismatchError, TrainingError
 from logitlake_shared.images import PixelLoader
-from logitlake_shared.order import Layout, epoch_order
 from logitlake_shared.reader import LakeDataset
+from logitlake_shared.reader.order import Layout, epoch_order
 from logitlake_shared.rendering import Renderer
 from logitlake_shared.rows import LakePair, LakeSample
 from logitlake_shared.topk import decode, tail_bound
@@ -75,7 +75,7 @@ def check_student_fits(spec: CaptureSpec, dataset: LakeDataset, renderer: Render
 
 
 class EpochOrder(torch.utils.data.Sampler[int]):
-    """Positions of the samples for a whole stage: one epoch of `logitlake_shared.order` after the other.
+    """Positions of the samples for a whole stage: one epoch of `logitlake_shared.reader.order` after the other.
 
     The order is a function of the lake's snapshot, the seed and the epoch; it does not depend on workers or ranks, and
     step n of a resumed stage sees what step n of an uninterrupted one sees.

@@ -16,10 +16,10 @@ import pytest
 from logitlake_schemas import CaptureSpec
 from logitlake_shared.errors import ConfigError, LakeCorruptError
 from logitlake_shared.lake import Lake, UnitResult
-from logitlake_shared.loader import LakeLoader
 from logitlake_shared.reader import LakeDataset
+from logitlake_shared.reader.loader import LakeLoader
+from logitlake_shared.reader.shard_copies import FOLDER_VARIABLE, ShardCopies, default_folder
 from logitlake_shared.rows import LakeSample
-from logitlake_shared.shard_copies import FOLDER_VARIABLE, ShardCopies, default_folder
 from logitlake_shared.store import ObjectStore, memory_store, open_store
 
 UNITS = (3, 1, 2)
@@ -183,7 +183,7 @@ def test_threads_and_datasets_share_one_copy(lake: Lake, tmp_path: Path) -> None
 _READ = """
 import sys
 from logitlake_shared.reader import LakeDataset
-from logitlake_shared.shard_copies import ShardCopies
+from logitlake_shared.reader.shard_copies import ShardCopies
 dataset = LakeDataset(sys.argv[1], "main", copies=ShardCopies(sys.argv[2], max_bytes=int(sys.argv[3])), held_bytes=0)
 for _ in range(5):
     print([sample.sample_id for sample in dataset.__getitems__(range(len(dataset)))])

@@ -27,7 +27,7 @@ def test_reading_a_lake_needs_no_torch() -> None:
     script = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'ray', 'vllm'): sys.modules[name] = None\n"
-        "import logitlake_schemas, logitlake_shared.reader, logitlake_shared.catalog, logitlake_shared.verify\n"
+        "import logitlake_schemas, logitlake_shared.reader, logitlake_shared.catalog, logitlake_shared.tools.verify\n"
         "import logitlake_shared.images, logitlake_shared.data_formats, logitlake_shared.cli"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

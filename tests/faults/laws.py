@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from logitlake_shared.errors import LakeFormatError
-from logitlake_shared.gc import find_garbage
 from logitlake_shared.lake import Lake, UnitResult
 from logitlake_shared.reader import LakeDataset
-from logitlake_shared.verify import CacheCheck, Finding
+from logitlake_shared.tools.gc import find_garbage
+from logitlake_shared.tools.verify import CacheCheck, Finding
 
 __all__ = ["assert_finished", "assert_nothing_torn", "findings", "tree"]
 

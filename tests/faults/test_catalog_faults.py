@@ -20,7 +20,7 @@ from logitlake_schemas import layout
 from logitlake_shared.catalog import open_catalog, publish_catalog, rebuild_catalog
 from logitlake_shared.errors import LakeCorruptError
 from logitlake_shared.lake import Lake
-from logitlake_shared.verify import verify_catalog
+from logitlake_shared.tools.verify import verify_catalog
 
 Rows = dict[str, list[dict[str, Any]]]
 

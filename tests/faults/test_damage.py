@@ -21,7 +21,7 @@ from logitlake_shared.cli import cli
 from logitlake_shared.errors import LakeCorruptError, LakeError
 from logitlake_shared.lake import Lake
 from logitlake_shared.reader import LakeDataset
-from logitlake_shared.verify import quarantine_damaged
+from logitlake_shared.tools.verify import quarantine_damaged
 
 Damage = Callable[[bytes, bytes], bytes]
 

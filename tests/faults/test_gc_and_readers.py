@@ -15,10 +15,10 @@ from tests.faults.harness import Fault
 from tests.faults.laws import assert_finished, findings, tree
 from tests.faults.test_kill import MOST_CALLS
 
-from logitlake_shared.gc import DEFAULT_GRACE_S, collect, find_garbage
 from logitlake_shared.lake import Lake, UnitResult
 from logitlake_shared.reader import LakeDataset
-from logitlake_shared.verify import quarantine_damaged
+from logitlake_shared.tools.gc import DEFAULT_GRACE_S, collect, find_garbage
+from logitlake_shared.tools.verify import quarantine_damaged
 
 # More calls than a collection of two shards and a leftover makes when it has to put both shards back.
 MOST_GC_CALLS = 25

@@ -11,8 +11,8 @@ from tests.faults.conftest import Bench
 from tests.faults.harness import Call, Fault
 from tests.faults.laws import assert_finished, assert_nothing_torn, tree
 
-from logitlake_shared.gc import collect, find_garbage
 from logitlake_shared.lake import Lake
+from logitlake_shared.tools.gc import collect, find_garbage
 
 # More than the calls that the work makes; the first test says so if it ever makes more.
 MOST_CALLS = 76

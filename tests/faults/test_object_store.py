@@ -15,9 +15,9 @@ from tests.faults.proxy import Breakage, Proxy, proxy_to
 from logitlake_shared.errors import LakeError
 from logitlake_shared.lake import Cache, Lake
 from logitlake_shared.reader import LakeDataset
-from logitlake_shared.shard_copies import ShardCopies
+from logitlake_shared.reader.shard_copies import ShardCopies
 from logitlake_shared.store import open_store
-from logitlake_shared.verify import CacheCheck
+from logitlake_shared.tools.verify import CacheCheck
 
 # What a commit writes, in its order.
 WRITES = ("lake.json", "spec.json", "/shards/", "/images/", "/commits/", "/snapshots/")

@@ -24,9 +24,9 @@ import pyarrow as pa
 
 from logitlake_shared.catalog import open_catalog, publish_catalog
 from logitlake_shared.errors import LakeConflictError, LogitLakeError
-from logitlake_shared.gc import collect, find_garbage
 from logitlake_shared.lake import Cache, Lake, UnitResult
 from logitlake_shared.reader import LakeDataset
+from logitlake_shared.tools.gc import collect, find_garbage
 
 # A child that hangs is ended by the kernel; no job takes a second.
 _DEADLINE_S = 120

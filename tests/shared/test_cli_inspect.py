@@ -15,12 +15,12 @@ from rich.console import Console
 from logitlake_schemas import CaptureSpec
 from logitlake_shared.cli import cli
 from logitlake_shared.errors import ConfigError, DataError, FingerprintMismatchError, LakeError
-from logitlake_shared.inspect_sample import SampleView, find_sample, view_sample
-from logitlake_shared.inspect_text import print_sample
 from logitlake_shared.lake import Lake, UnitResult
 from logitlake_shared.reader import LakeDataset, PairDataset
 from logitlake_shared.rendering import Renderer
-from logitlake_shared.token_text import find_token_text
+from logitlake_shared.tools.inspect_sample import SampleView, find_sample, view_sample
+from logitlake_shared.tools.inspect_text import print_sample
+from logitlake_shared.tools.token_text import find_token_text
 
 SAMPLE = "sample-0010"
 

@@ -15,11 +15,11 @@ from rich.console import Console
 
 from logitlake_schemas import CaptureSpec, CodecPolicy
 from logitlake_shared.cli import cli
-from logitlake_shared.diff import diff_caches
-from logitlake_shared.diff_text import diff_json, print_diff
-from logitlake_shared.divergence import row_divergence
 from logitlake_shared.errors import DataError
 from logitlake_shared.lake import Cache, Lake, UnitResult
+from logitlake_shared.tools.diff import diff_caches
+from logitlake_shared.tools.diff_text import diff_json, print_diff
+from logitlake_shared.tools.divergence import row_divergence
 from logitlake_shared.topk import StoredRows, TeacherRows, decode, encode
 
 MakeUnit = Callable[..., UnitResult]

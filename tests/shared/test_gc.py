@@ -8,10 +8,10 @@ import pytest
 
 from logitlake_schemas import CaptureSpec, layout
 from logitlake_shared.errors import LakeFormatError
-from logitlake_shared.gc import collect, find_garbage
 from logitlake_shared.lake import Cache, Lake, UnitResult
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.shards import Shard
+from logitlake_shared.tools.gc import collect, find_garbage
 
 MakeUnit = Callable[..., UnitResult]
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logitlake_shared.batches import Batches, share
 from logitlake_shared.errors import ConfigError
-from logitlake_shared.order import Layout, epoch_order, epoch_windows
+from logitlake_shared.reader.batches import Batches, share
+from logitlake_shared.reader.order import Layout, epoch_order, epoch_windows
 
 # Two orders of 60 items or more share about one place by chance; a tenth of them would be a broken shuffle.
 MOST_SHARED = 0.1

@@ -15,11 +15,11 @@ import pytest
 
 from logitlake_schemas import CaptureSpec
 from logitlake_shared.errors import ConfigError, DataError, LakeCorruptError, LakeError
-from logitlake_shared.held import Held
 from logitlake_shared.lake import Lake, UnitResult
-from logitlake_shared.loader import LakeLoader
-from logitlake_shared.order import epoch_order
 from logitlake_shared.reader import LakeDataset, PairDataset
+from logitlake_shared.reader.held import Held
+from logitlake_shared.reader.loader import LakeLoader
+from logitlake_shared.reader.order import epoch_order
 from logitlake_shared.rows import LakeSample
 from logitlake_shared.topk import decode
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from logitlake_shared.batches import Batches, share
 from logitlake_shared.errors import ConfigError, LakeCorruptError, LakeError
-from logitlake_shared.loader import LakeLoader
-from logitlake_shared.order import Layout
+from logitlake_shared.reader.batches import Batches, share
+from logitlake_shared.reader.loader import LakeLoader
+from logitlake_shared.reader.order import Layout
 
 LAYOUT = Layout(np.repeat(np.arange(5), 10).astype(np.int32), np.full(50, 3, np.int32), window_tokens=60)
 

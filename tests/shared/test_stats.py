@@ -20,9 +20,9 @@ from logitlake_shared.cli import cli
 from logitlake_shared.errors import ConfigError, LakeError
 from logitlake_shared.lake import Lake, UnitResult
 from logitlake_shared.reader import LakeDataset, PairDataset
-from logitlake_shared.stats import ENTROPY_STEP, PERCENTILES, By, CacheStats, GroupStats, PairGroup, lake_stats
-from logitlake_shared.stats_page import html_page
-from logitlake_shared.stats_text import print_stats
+from logitlake_shared.tools.stats import ENTROPY_STEP, PERCENTILES, By, CacheStats, GroupStats, PairGroup, lake_stats
+from logitlake_shared.tools.stats_page import html_page
+from logitlake_shared.tools.stats_text import print_stats
 
 # SQL adds float64 in another order than numpy.
 SUM_TOLERANCE = 1e-12

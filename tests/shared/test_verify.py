@@ -32,10 +32,17 @@ from logitlake_shared.catalog import rebuild_catalog
 from logitlake_shared.cli import cli
 from logitlake_shared.errors import LakeCorruptError, LakeError
 from logitlake_shared.lake import Cache, Lake, UnitResult
-from logitlake_shared.row_laws import check_pairs, check_samples
 from logitlake_shared.rows import pairs_to_table, samples_to_table
+from logitlake_shared.tools.row_laws import check_pairs, check_samples
+from logitlake_shared.tools.verify import (
+    CacheCheck,
+    Finding,
+    chosen_units,
+    quarantine_damaged,
+    verify_catalog,
+    verify_unit,
+)
 from logitlake_shared.topk import GRID_MAX_STEP, GRID_STEP, MASS_TOLERANCE, nearest_level
-from logitlake_shared.verify import CacheCheck, Finding, chosen_units, quarantine_damaged, verify_catalog, verify_unit
 
 MakeUnit = Callable[..., UnitResult]
 EOS_ID = 1

@@ -10,7 +10,7 @@ from logitlake_schemas import FORMAT_VERSION
 from logitlake_shared.catalog import Catalog
 from logitlake_shared.lake import Lake
 from logitlake_shared.reader import LakeDataset, PairDataset
-from logitlake_shared.verify import verify_unit
+from logitlake_shared.tools.verify import verify_unit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FORMATS = sorted(GOLDEN.glob("format-*"), key=lambda folder: int(folder.name.removeprefix("format-")))

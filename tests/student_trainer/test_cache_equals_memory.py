@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from logitlake_shared.images import PixelLoader, load_pixels
-from logitlake_shared.order import Layout
 from logitlake_shared.reader import LakeDataset
+from logitlake_shared.reader.order import Layout
 from logitlake_shared.rendering import Renderer
 from logitlake_student.data import EpochOrder
 from logitlake_student.models.load import load_student

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from logitlake_shared.errors import FingerprintMismatchError, TrainingError
 from logitlake_shared.images import load_pixels
-from logitlake_shared.order import Layout
 from logitlake_shared.reader import LakeDataset, PairDataset
+from logitlake_shared.reader.order import Layout
 from logitlake_shared.rendering import Renderer
 from logitlake_student import data
 from logitlake_student.data import (

@@ -13,7 +13,7 @@ from logitlake_shared.errors import DataError
 from logitlake_shared.lake import Cache, Lake
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
-from logitlake_shared.verify import verify_unit
+from logitlake_shared.tools.verify import verify_unit
 from logitlake_teacher.capture import capture_unit
 from logitlake_teacher.config import FakeEngineConfig, LlavaSource
 from logitlake_teacher.engines import EngineSetup, ScoredSample, build_engine, identify_engine

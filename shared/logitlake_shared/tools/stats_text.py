@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logitlake_shared.cli_output import compact_table
-from logitlake_shared.stats import PERCENTILES, CacheStats, GroupStats, Histogram, PairGroup
+from logitlake_shared.tools.stats import PERCENTILES, CacheStats, GroupStats, Histogram, PairGroup
 
 __all__ = ["FIGURES", "PAIR_FIGURES", "figure_rows", "headline", "print_stats"]
 

@@ -20,8 +20,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
-from logitlake_shared.batches import Batches, share
 from logitlake_shared.errors import ConfigError, LakeError
+from logitlake_shared.reader.batches import Batches, share
 
 __all__ = ["LakeLoader"]
 

@@ -26,7 +26,7 @@ from logitlake_schemas import CommitRecord, QuarantineRecord, ShardEntry, Snapsh
 from logitlake_shared.catalog import Catalog, Place
 from logitlake_shared.errors import FingerprintMismatchError, LakeCorruptError, LakeError, LakeFormatError
 from logitlake_shared.lake import Cache, Lake
-from logitlake_shared.row_laws import Broken, check_pairs, check_samples
+from logitlake_shared.tools.row_laws import Broken, check_pairs, check_samples
 
 __all__ = ["CacheCheck", "Finding", "chosen_units", "quarantine_damaged", "verify_catalog", "verify_unit"]
 

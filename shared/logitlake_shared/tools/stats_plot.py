@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logitlake_shared.errors import ConfigError
-from logitlake_shared.stats import CacheStats, GroupStats, Histogram
-from logitlake_shared.stats_text import headline
+from logitlake_shared.tools.stats import CacheStats, GroupStats, Histogram
+from logitlake_shared.tools.stats_text import headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

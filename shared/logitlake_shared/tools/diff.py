@@ -14,10 +14,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from logitlake_schemas import CommitRecord, ShardEntry
-from logitlake_shared.divergence import first_ids, row_divergence
 from logitlake_shared.errors import DataError
 from logitlake_shared.lake import Cache, spec_differences
 from logitlake_shared.rows import LakePair, LakeSample, pairs_from_table, samples_from_table
+from logitlake_shared.tools.divergence import first_ids, row_divergence
 from logitlake_shared.topk import StoredRows
 
 __all__ = ["CacheDiff", "PairDiff", "TaskDiff", "WorstToken", "diff_caches"]

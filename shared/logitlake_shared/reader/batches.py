@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from logitlake_shared.errors import ConfigError
-from logitlake_shared.order import Layout, batch_order, epoch_windows
+from logitlake_shared.reader.order import Layout, batch_order, epoch_windows
 
 __all__ = ["Batches", "EpochBatches", "share"]
 

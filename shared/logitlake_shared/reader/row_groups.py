@@ -15,9 +15,9 @@ from typing import TypeVar
 import pyarrow as pa
 
 from logitlake_schemas import ShardEntry
-from logitlake_shared.held import Held
 from logitlake_shared.lake import Cache
-from logitlake_shared.shard_copies import ShardCopies
+from logitlake_shared.reader.held import Held
+from logitlake_shared.reader.shard_copies import ShardCopies
 from logitlake_shared.shards import Shard
 
 __all__ = ["RowGroups"]

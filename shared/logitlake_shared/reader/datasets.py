@@ -23,13 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from logitlake_schemas import COLUMNS, CacheKind, CaptureSpec, CommitRecord, ShardEntry, arrow_schema
-from logitlake_shared.batches import Batches
 from logitlake_shared.errors import ConfigError, DataError, LakeCorruptError, LakeError
 from logitlake_shared.lake import Cache, Lake
-from logitlake_shared.order import Layout
-from logitlake_shared.row_groups import RowGroups
+from logitlake_shared.reader.batches import Batches
+from logitlake_shared.reader.order import Layout
+from logitlake_shared.reader.row_groups import RowGroups
+from logitlake_shared.reader.shard_copies import ShardCopies
 from logitlake_shared.rows import LakePair, LakeSample, PairViews, SampleViews
-from logitlake_shared.shard_copies import ShardCopies
 
 __all__ = ["HELD_BYTES", "WINDOW_BYTES", "LakeDataset", "PairDataset"]
 

@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 
 from logitlake_shared.errors import ConfigError
-from logitlake_shared.stats import CacheStats, GroupStats, Histogram, round_up
-from logitlake_shared.stats_text import figure_rows, headline
+from logitlake_shared.tools.stats import CacheStats, GroupStats, Histogram, round_up
+from logitlake_shared.tools.stats_text import figure_rows, headline
 
 __all__ = ["html_page", "save_html"]
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logitlake_shared.cli_output import compact_table
-from logitlake_shared.inspect_sample import Response, SampleView, TokenView
+from logitlake_shared.tools.inspect_sample import Response, SampleView, TokenView
 
 __all__ = ["print_sample"]
 

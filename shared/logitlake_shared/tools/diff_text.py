@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from logitlake_shared.cli_output import show_table, to_json
-from logitlake_shared.diff import CacheDiff, WorstToken
+from logitlake_shared.tools.diff import CacheDiff, WorstToken
 
 __all__ = ["diff_json", "print_diff"]
 
