@@ -6,15 +6,17 @@ alignment     which position predicts which token; decided here and nowhere else
 rendering     how a conversation becomes prompt and response token ids
 data_formats  LLaVA JSON and RLAIF-V Parquet, read and checked
 images        guarded decoding, and pixels as the checkpoint's own processor makes them
-topk          the top-k codec: grid, adaptive k, tail mass, stored error
+topk          the top-k codec: grid, adaptive k, tail mass and what bounds it, stored error
+draws         the other codec: counts of draws from the full distribution
 store         objects in a folder, in memory or in an object store, behind one interface
+durable       local files that are there whole or not at all
 rows          samples, pairs and images in memory, and their Arrow tables
 shards        rows <-> Parquet bytes
 lake          caches, units, commit records, snapshots
 cache_figures what a snapshot holds and what storing it cost, counted in one place
-reader        map-style datasets over one snapshot
-catalog       SQL views over a lake, by DuckDB
-verify        a lake checked against its own records
+reader        datasets over one snapshot, the order of an epoch, batches, a loader
+catalog       SQL over a lake, by DuckDB, and its published index
+tools         inspect, stats, diff, verify, gc
 cli_support   how the three command lines fail, show progress and take a configuration
-cli           the `logitlake` command
+cli           the `logitlake` command, with cli_care (verify, diff, gc, rebuild) and cli_output
 """

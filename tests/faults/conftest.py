@@ -17,7 +17,7 @@ from tests.faults.laws import tree
 from logitlake_schemas import CaptureSpec
 from logitlake_shared.lake import UnitResult
 
-__all__ = ["Bench", "bench", "finished", "folder", "s3_bucket", "s3_endpoint", "shim", "workers"]
+__all__ = ["Bench", "bench", "finished", "place", "s3_bucket", "s3_endpoint", "shim", "workers"]
 
 _SOURCE = Path(__file__).with_name("faults.c")
 
@@ -63,7 +63,7 @@ class Bench:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def place(tmp_path: Path) -> Iterator[Path]:
     """An empty folder in memory where there is one: a sync is counted there and costs nothing."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
@@ -74,12 +74,12 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def bench(workers: Workers, folder: Path, capture_spec: CaptureSpec, make_unit: Callable[..., UnitResult]) -> Bench:
+def bench(workers: Workers, place: Path, capture_spec: CaptureSpec, make_unit: Callable[..., UnitResult]) -> Bench:
     """An absent lake and a capture of two units of two samples."""
     units = [make_unit(1), make_unit(2)]
-    scenario = folder / "scenario.pickle"
+    scenario = place / "scenario.pickle"
     scenario.write_bytes(pickle.dumps({"spec": capture_spec, "units": units}))
-    return Bench(workers, scenario, folder / "lake", capture_spec, units)
+    return Bench(workers, scenario, place / "lake", capture_spec, units)
 
 
 _FINISHED: dict[str, dict[str, bytes]] = {}
