@@ -167,7 +167,6 @@ def stats(lake: str, cache: str | None, by: "By", html: Path | None, png: Path |
         num_caches = 1 if cache else catalog.query("FROM caches").num_rows
         with progress("stats", num_caches, "caches", after_s=1.0) as advance:
             found = lake_stats(catalog, cache, by, advance)
-    _print_stats(found, output)
     if html is not None:
         from logitlake_shared.tools.stats_page import save_html
 
@@ -178,6 +177,7 @@ def stats(lake: str, cache: str | None, by: "By", html: Path | None, png: Path |
 
         save_png(found, png)
         click.echo(f"picture: {png}", err=True)
+    _print_stats(found, output)  # last: a reader like `head` may close the pipe
 
 
 def _print_stats(found: "list[CacheStats]", output: str) -> None:

@@ -1,4 +1,18 @@
-"""The shim, compiled once a run, the warm process whose children it breaks, and the small capture they do."""
+"""The fault matrix of a lake: one fault at one call, every call in turn, in real processes.
+
+`faults.c` is a library between a child process and libc. It counts the calls that change a lake's folder and breaks
+the n-th; the product knows nothing of it. A test's id names what is broken and where, so that one case is replayed by
+`pytest tests/faults -k "kill_before and 17"`; nothing is drawn at random without a seed in the id.
+
+    A1  killed at every call           test_kill             A12 two publishers            test_races
+    A2-5 a disk that fails             test_errors           A13 a publisher that slept    test_races
+    A6  power loss                     test_power_loss       A14 object store faults       test_object_store
+    A7-10 damaged shards               test_damage           A16 collection, readers       test_gc_and_readers
+    A11, E2 other and half formats     test_formats          A17-19 the catalog            test_catalog_faults
+                                                             A20, 21 places and clocks     test_places_and_clocks
+
+Here are the shim, compiled once a run, the warm process whose children it breaks, and the small capture they do.
+"""
 
 import os
 import pickle

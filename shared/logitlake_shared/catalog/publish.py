@@ -46,7 +46,8 @@ def newest_number(store: ObjectStore) -> int:
 def fetch(store: ObjectStore, number: int, folder: Path) -> Path:
     """Catalog `number` as a file of this machine: where it lies in a local lake, else a copy in `folder`."""
     name = layout.catalog_path(number)
-    if store.root is not None:
+    # DuckDB takes a backslash in a path for a separator; such a file is copied, as a remote one is.
+    if store.root is not None and "\\" not in str(store.root):
         return store.root / name
     source = store.open(name)
     if source is None:

@@ -82,9 +82,12 @@ class Catalog:
             undo.callback(self.close)
             known = self._attach_published()
             self._late = [pin for pin in self._pinned.values() if pin.identity not in known]
-            self._create_tables([pin for pin in self._pinned.values() if pin.identity in known])
-            self._create_index()
-            self._create_rows()
+            try:
+                self._create_tables([pin for pin in self._pinned.values() if pin.identity in known])
+                self._create_index()
+                self._create_rows()
+            except duckdb.Error as error:  # every statement is ours, so it is the file
+                raise _damaged(error) from error
             for statement in _LOCKED:
                 self._connection.execute(statement)
             undo.pop_all()
@@ -258,11 +261,16 @@ class _Explained:
         failure = self._catalog._failure
         if failure is not None and error is not None:
             raise failure from error
-        if isinstance(error, duckdb.IOException | duckdb.FatalException):
-            # Shards are read by us: the one file that DuckDB reads is the published catalog.
-            raise LakeCorruptError(f"the published catalog cannot be read: {error}; run `logitlake rebuild`") from error
+        # Shards are read by us: the one file that DuckDB reads is the published catalog. A block whose checksum is
+        # wrong is a bare `duckdb.Error`.
+        if isinstance(error, duckdb.IOException | duckdb.FatalException) or type(error) is duckdb.Error:
+            raise _damaged(error) from error
         if isinstance(error, duckdb.Error | pa.ArrowException):
             raise QueryError(f"{error}") from error
+
+
+def _damaged(error: Exception) -> LakeCorruptError:
+    return LakeCorruptError(f"the published catalog cannot be read: {error}; run `logitlake rebuild`")
 
 
 class _Lazy(ds.InMemoryDataset):  # type: ignore[misc]
