@@ -1,13 +1,19 @@
-"""A real S3 server on loopback, by moto, one for the whole run and one bucket a test."""
+"""The stores that a contract is tried on: a folder, memory, and a real S3 server on loopback.
+
+moto serves S3, one server for the whole run and one bucket a test.
+"""
 
 import re
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from threading import Thread
 
 import pytest
+
+from logitlake_shared.store import ObjectStore, memory_store, open_store
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +53,15 @@ def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     boto3.client("s3", endpoint_url=s3_endpoint, region_name="us-east-1").create_bucket(Bucket=name)
     return name
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
+    """An empty store of each kind."""
+    if request.param == "local":
+        yield open_store(tmp_path / "lake")
+    elif request.param == "memory":
+        yield memory_store()
+    else:
+        bucket = request.getfixturevalue("s3_bucket")
+        yield open_store(f"s3://{bucket}/lake")

@@ -1,8 +1,7 @@
 """The catalog's contract on a local folder, in memory and on S3: publish, look up, ask, race."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -10,23 +9,11 @@ from logitlake_schemas import CaptureSpec, LakeManifest, layout
 from logitlake_shared.catalog import Catalog, publish_catalog, rebuild_catalog
 from logitlake_shared.errors import LakeCorruptError
 from logitlake_shared.lake import Lake, UnitResult
-from logitlake_shared.store import ObjectStore, memory_store, open_store
+from logitlake_shared.store import ObjectStore
 
 MakeUnit = Callable[..., UnitResult]
 
 PUBLISHERS = 4
-
-
-@pytest.fixture(params=["local", "memory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
-    """An empty store of each kind."""
-    if request.param == "local":
-        yield open_store(tmp_path / "lake")
-    elif request.param == "memory":
-        yield memory_store()
-    else:
-        bucket = request.getfixturevalue("s3_bucket")
-        yield open_store(f"s3://{bucket}/lake")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ An object store's shards are read from local copies: fetched once, verified, bou
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,21 +20,9 @@ from logitlake_shared.reader import LakeDataset
 from logitlake_shared.reader.loader import LakeLoader
 from logitlake_shared.reader.shard_copies import FOLDER_VARIABLE, ShardCopies, default_folder
 from logitlake_shared.rows import LakeSample
-from logitlake_shared.store import ObjectStore, memory_store, open_store
+from logitlake_shared.store import ObjectStore
 
 UNITS = (3, 1, 2)
-
-
-@pytest.fixture(params=["local", "memory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
-    """An empty store of each kind."""
-    if request.param == "local":
-        yield open_store(tmp_path / "lake")
-    elif request.param == "memory":
-        yield memory_store()
-    else:
-        bucket = request.getfixturevalue("s3_bucket")
-        yield open_store(f"s3://{bucket}/lake")
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """One contract, three stores: a local folder, memory, and S3 (moto's server on loopback)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -11,22 +10,10 @@ from logitlake_schemas import CaptureSpec
 from logitlake_shared.catalog import Catalog
 from logitlake_shared.errors import LakeConflictError, LakeError, LakeFormatError
 from logitlake_shared.lake import Lake, UnitResult
-from logitlake_shared.store import ObjectStore, memory_store, open_store
+from logitlake_shared.store import ObjectStore
 
 ROUNDS = 50
 WRITERS = 4
-
-
-@pytest.fixture(params=["local", "memory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
-    """An empty store of each kind."""
-    if request.param == "local":
-        yield open_store(tmp_path / "lake")
-    elif request.param == "memory":
-        yield memory_store()
-    else:
-        bucket = request.getfixturevalue("s3_bucket")
-        yield open_store(f"s3://{bucket}/lake")
 
 
 def test_put_new_creates_once(store: ObjectStore) -> None:

@@ -19,28 +19,10 @@ from logitlake_shared.reader import LakeDataset
 MakeUnit = Callable[..., UnitResult]
 
 
-@pytest.fixture
-def lake_dir(
-    tmp_path: Path, capture_spec: CaptureSpec, make_unit: MakeUnit, make_pair_unit: Callable[[int], UnitResult]
-) -> Path:
-    """A lake with a cache of samples (three units) and one of pairs (two units)."""
-    root = tmp_path / "lake"
-    lake = Lake.create(root)
-    samples = lake.create_cache("main", capture_spec)
-    pairs = lake.create_cache("pairs", capture_spec.model_copy(update={"kind": "pairs"}))
-    for number in (3, 1, 2):
-        samples.publish_unit(make_unit(number))
-    for number in (1, 2):
-        pairs.publish_unit(make_pair_unit(number))
-    samples.snapshot()
-    pairs.snapshot()
-    return root
-
-
-def test_sql_agrees_with_the_rows(lake_dir: Path) -> None:
+def test_sql_agrees_with_the_rows(small_lake: Path) -> None:
     """tokens and topk are the samples' lists unnested: counts, order and values agree with the dataset."""
-    dataset = LakeDataset(lake_dir, "main")
-    with Catalog(Lake.open(lake_dir)) as catalog:
+    dataset = LakeDataset(small_lake, "main")
+    with Catalog(Lake.open(small_lake)) as catalog:
         tokens = catalog.query("SELECT * FROM tokens WHERE sample_id = 'sample-0010' ORDER BY position").to_pylist()
         assert [row["token_id"] for row in tokens] == dataset[0].response_ids.tolist()
         assert [row["label_logprob"] for row in tokens] == dataset[0].rows.label_logprob_T.tolist()
@@ -66,19 +48,19 @@ def test_sql_agrees_with_the_rows(lake_dir: Path) -> None:
         "",
     ],
 )
-def test_sql_cannot_leave_the_lake(lake_dir: Path, sql: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sql_cannot_leave_the_lake(small_lake: Path, sql: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files, networks and settings are out of reach; wrong questions get DuckDB's explanation."""
-    monkeypatch.chdir(lake_dir.parent)
-    with Catalog(Lake.open(lake_dir)) as catalog, pytest.raises(QueryError):
+    monkeypatch.chdir(small_lake.parent)
+    with Catalog(Lake.open(small_lake)) as catalog, pytest.raises(QueryError):
         catalog.query(sql)
-    assert not (lake_dir.parent / "stolen.csv").exists()
+    assert not (small_lake.parent / "stolen.csv").exists()
 
 
-def test_another_spec_is_refused_by_field(lake_dir: Path, capture_spec: CaptureSpec) -> None:
+def test_another_spec_is_refused_by_field(small_lake: Path, capture_spec: CaptureSpec) -> None:
     """The cache of one teacher does not take another's rows; the message names the fields."""
     engine = capture_spec.engine.model_copy(update={"dtype": "bfloat16"})
     with pytest.raises(FingerprintMismatchError, match=r"engine\.dtype: float32 there, bfloat16 here"):
-        Lake.open(lake_dir).create_cache("main", capture_spec.model_copy(update={"engine": engine}))
+        Lake.open(small_lake).create_cache("main", capture_spec.model_copy(update={"engine": engine}))
 
 
 def test_over_budget_is_not_published(tmp_path: Path, capture_spec: CaptureSpec, make_unit: MakeUnit) -> None:
