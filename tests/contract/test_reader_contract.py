@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from logitlake_schemas import CaptureSpec
+from logitlake_schemas import CaptureSpec, sha256_hex
 from logitlake_shared.errors import ConfigError, LakeCorruptError
 from logitlake_shared.lake import Lake, UnitResult
 from logitlake_shared.reader import LakeDataset
@@ -149,22 +150,29 @@ def test_copies_are_bounded_and_the_least_recently_used_leave(lake: Lake, tmp_pa
     assert 0 < sum(path.stat().st_size for path in held) <= 2 * largest
     one, two, *_ = entries
     copies = ShardCopies(tmp_path / "others", max_bytes=one.bytes + two.bytes)
-    paths = [copies.fetch(lake.store, entry) for entry in (one, two)]
+    paths = [copies.folder / f"{entry.sha256}.parquet" for entry in (one, two)]
+    unread = copies.open(lake.store, two)
+    copies.open(lake.store, one).close()
     os.utime(paths[0], ns=(1, 1))
     os.utime(paths[1], ns=(2, 2))
-    copies.fetch(lake.store, one)  # used again
-    copies.fetch(lake.store, max(entries[2:], key=lambda entry: entry.bytes))
+    copies.open(lake.store, one).close()  # used again
+    copies.open(lake.store, max(entries[2:], key=lambda entry: entry.bytes)).close()
     assert not paths[1].exists()
+    with unread:
+        assert sha256_hex(unread.read()) == two.sha256, "what is open stays readable"
 
 
 @remote_stores
 def test_threads_and_datasets_share_one_copy(lake: Lake, tmp_path: Path) -> None:
-    """Many threads that want one shard get the same file, complete."""
+    """Many threads that want one shard get the same copy, complete."""
     (entry, *_) = lake.cache("main").open_snapshot().commits[0].shards
     copies = ShardCopies(tmp_path / "copies")
     with ThreadPoolExecutor(8) as pool:
-        paths = set(pool.map(lambda _: copies.fetch(lake.store, entry), range(16)))
-    assert [path.stat().st_size for path in paths] == [entry.bytes]
+        files = list(pool.map(lambda _: copies.open(lake.store, entry), range(16)))
+    for file in files:
+        with file:
+            assert sha256_hex(file.read()) == entry.sha256
+    assert [path.stat().st_size for path in copies.folder.glob("*.parquet")] == [entry.bytes]
     assert not list((tmp_path / "copies").glob(".*[0-9]")), "nothing half written is left"
 
 
@@ -182,12 +190,13 @@ for _ in range(5):
 def test_processes_share_a_folder_that_is_too_small(lake: Lake, tmp_path: Path) -> None:
     """Three processes that evict each other's copies all read everything."""
     arguments = [sys.executable, "-c", _READ, lake.store.uri, str(tmp_path / "copies"), "1"]
-    processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     expected = f"{LakeDataset(lake, 'main', copies=ShardCopies(tmp_path / 'own')).ids()}\n" * 5
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        assert output == expected
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)) for _ in range(3)
+        ]
+        finished = [(process.communicate(timeout=120)[0], process.returncode) for process in processes]
+    assert finished == [(expected, 0)] * 3
 
 
 def test_the_folder_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

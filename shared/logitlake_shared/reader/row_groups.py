@@ -86,8 +86,7 @@ class RowGroups:
     def _fresh(self, entry: ShardEntry) -> Shard:
         store = self._cache.store
         if self._copies is not None:
-            path = self._copies.fetch(store, entry)
-            return Shard(pa.OSFile(str(path), "rb"), f"{store.uri}/{entry.path}")
+            return Shard(self._copies.open(store, entry), f"{store.uri}/{entry.path}")
         if store.root is None:
             return self._cache.open(entry)
         path = store.root / entry.path

@@ -10,8 +10,10 @@ import fcntl
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import pyarrow as pa
 
 from logitlake_schemas import ShardEntry, sha256_hex
 from logitlake_shared.errors import ConfigError, LakeCorruptError
@@ -47,42 +49,48 @@ class ShardCopies:
                 f"{self.folder}: cannot hold copies of shards: {error}; name another folder by {FOLDER_VARIABLE}"
             ) from error
 
-    def fetch(self, store: ObjectStore, entry: ShardEntry) -> Path:
-        """The local file with the shard's bytes, fetched if it is not there.
+    def open(self, store: ObjectStore, entry: ShardEntry) -> pa.OSFile:
+        """The shard's local copy, open, fetched if it is not there; close it.
 
+        A file and not a path: another process may remove the copy at any moment, and what is open stays readable.
         Raises `LakeCorruptError` when the store's bytes are not those that were committed.
         """
         path = self.folder / f"{entry.sha256}{_SUFFIX}"
         with self._lock:
             lock = self._locks.setdefault(entry.sha256, threading.Lock())
         with lock:  # one thread fetches, the others wait
-            if not self._is_good(path, entry):
-                self._write(path, _committed_bytes(store, entry))
+            file = self._good_copy(path, entry)
+            if file is None:
+                file = self._write(path, _committed_bytes(store, entry))
                 self._verified.add(entry.sha256)
                 self._trim(path)
-        return path
+        return file
 
-    def _is_good(self, path: Path, entry: ShardEntry) -> bool:
+    def _good_copy(self, path: Path, entry: ShardEntry) -> pa.OSFile | None:
         try:
-            if path.stat().st_size != entry.bytes:
-                return False
-            if entry.sha256 not in self._verified:
-                # A copy that rotted on the local disk is fetched again: the store's bytes are the truth.
-                if sha256_hex(path.read_bytes()) != entry.sha256:
-                    return False
-                self._verified.add(entry.sha256)
-            os.utime(path)  # most recently used
+            file = pa.OSFile(str(path), "rb")
         except FileNotFoundError:
-            return False
-        return True
+            return None
+        if entry.sha256 not in self._verified or file.size() != entry.bytes:
+            # A copy that rotted on the local disk is fetched again: the store's bytes are the truth.
+            if sha256_hex(file.read()) != entry.sha256:
+                file.close()
+                return None
+            self._verified.add(entry.sha256)
+            file.seek(0)
+        with suppress(FileNotFoundError):
+            os.utime(path)  # most recently used
+        return file
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path, data: bytes) -> pa.OSFile:
         building = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             building.write_bytes(data)
+            file = pa.OSFile(str(building), "rb")
             building.replace(path)
         finally:
             building.unlink(missing_ok=True)
+        return file
 
     def _trim(self, newest: Path) -> None:
         """Removes the least recently used copies over the bound; `newest` always stays."""
