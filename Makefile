@@ -2,6 +2,7 @@
 #   make demo    both services on the digit scenes, end to end, no GPU   (ENGINE=vllm to capture through vLLM)
 #   make test    the whole suite, real vLLM on the CPU included          (what .ci/run calls)
 #   make check   ruff, formatting, mypy strict, import contracts
+#   make bench-peers   what `python -m benchmarks.reader` measures itself against
 
 PYTHON ?= python3
 VENV ?= .venv
