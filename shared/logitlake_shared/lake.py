@@ -6,7 +6,6 @@ what a snapshot names never changes. So a writer may be killed anywhere: at wors
 record names, and the unit is done again.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 from pydantic import ValidationError
@@ -38,7 +37,6 @@ from logitlake_schemas.records import Record
 from logitlake_shared.errors import (
     FingerprintMismatchError,
     LakeConflictError,
-    LakeCorruptError,
     LakeError,
     LakeFormatError,
 )
@@ -50,7 +48,15 @@ from logitlake_shared.rows import (
     pairs_to_table,
     samples_to_table,
 )
-from logitlake_shared.shards import Shard, check_format_version, footer_of, read_error, write_shard
+from logitlake_shared.shards import (
+    Shard,
+    check_committed,
+    check_format_version,
+    footer_of,
+    missing_error,
+    read_error,
+    write_shard,
+)
 from logitlake_shared.store import ObjectStore, open_store
 
 __all__ = ["Cache", "Lake", "UnitResult", "spec_differences"]
@@ -59,8 +65,6 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 # Records read at once: an object store answers each in some ten milliseconds.
 _CONNECTIONS = 16
-# Bytes hashed at a time.
-_CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -269,12 +273,9 @@ class Cache:
         where = f"{self.store.uri}/{entry.path}"
         source = self.store.open(entry.path)
         if source is None:
-            raise LakeCorruptError(
-                f"{where}: committed but missing; restore it, or let `logitlake verify --repair` return its unit to "
-                "the plan"
-            )
+            raise missing_error(where)
         try:
-            _verify(source, entry, where, whole=verify)
+            check_committed(source, entry, where, whole=verify)
             return Shard(source, where)
         except OSError as error:
             source.close()
@@ -361,23 +362,6 @@ def _check_name(what: str, name: str) -> None:
         raise LakeError(
             f"{what} name {name!r}: expected at most 100 letters, digits and `._-`, the first a letter or digit"
         )
-
-
-def _verify(source: BinaryIO, entry: ShardEntry, where: str, *, whole: bool) -> None:
-    """Compares a shard, or its footer alone, with what the record says."""
-    length = source.seek(0, os.SEEK_END)
-    what, expected = ("", entry.sha256) if whole else ("a footer of ", entry.footer_sha256)
-    digest = hashlib.sha256()
-    source.seek(0 if whole else max(length - entry.footer_bytes, 0))
-    while chunk := source.read(_CHUNK_BYTES):
-        digest.update(chunk)
-    if length != entry.bytes or digest.hexdigest() != expected:
-        raise LakeCorruptError(
-            f"{where}: expected {entry.bytes} bytes with {what}sha256 {expected}, got {length} bytes with "
-            f"{digest.hexdigest()}; restore the file from a copy, or let `logitlake verify --repair` return its unit "
-            "to the plan"
-        )
-    source.seek(0)
 
 
 def spec_differences(old: CaptureSpec, new: CaptureSpec) -> list[str]:

@@ -8,6 +8,8 @@ same bytes. Reading verifies every page's checksum: without that, pyarrow and Du
 for nine of ten flipped bits.
 """
 
+import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -17,13 +19,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from logitlake_schemas import COLUMNS, FORMAT_VERSION, Column, ShardKind, StoredError
+from logitlake_schemas import COLUMNS, FORMAT_VERSION, Column, ShardEntry, ShardKind, StoredError
 from logitlake_shared.errors import LakeCorruptError, LakeError, LakeFormatError
 
-__all__ = ["FOOTER_PREFIX", "Shard", "check_format_version", "footer_of", "read_error", "write_shard"]
+__all__ = [
+    "FOOTER_PREFIX",
+    "Shard",
+    "check_committed",
+    "check_format_version",
+    "footer_of",
+    "missing_error",
+    "read_error",
+    "write_shard",
+]
 
 FOOTER_PREFIX = "logitlake."
 _ZSTD_LEVEL = 3
+# Bytes hashed at a time.
+_CHUNK_BYTES = 2**20
 # Response tokens of a row group: one or two megabytes, read in some ten milliseconds. A larger group shares its
 # dictionary of token ids among more tokens, a smaller one is read faster for one sample.
 _GROUP_TOKENS = 32_768
@@ -146,6 +159,30 @@ class Shard:
 def footer_of(data: bytes) -> bytes:
     """The end of a Parquet file: its metadata, four bytes that say how long they are, and `PAR1`."""
     return data[-int.from_bytes(data[-8:-4], "little") - 8 :]
+
+
+def check_committed(source: BinaryIO, entry: ShardEntry, where: str, *, whole: bool) -> None:
+    """Compares a shard, or its footer alone, with what its commit record says. Raises `LakeCorruptError`, `OSError`."""
+    length = source.seek(0, os.SEEK_END)
+    what, expected = ("", entry.sha256) if whole else ("a footer of ", entry.footer_sha256)
+    digest = hashlib.sha256()
+    source.seek(0 if whole else max(length - entry.footer_bytes, 0))
+    while chunk := source.read(_CHUNK_BYTES):
+        digest.update(chunk)
+    if length != entry.bytes or digest.hexdigest() != expected:
+        raise LakeCorruptError(
+            f"{where}: expected {entry.bytes} bytes with {what}sha256 {expected}, got {length} bytes with "
+            f"{digest.hexdigest()}; restore the file from a copy, or let `logitlake verify --repair` return its unit "
+            "to the plan"
+        )
+    source.seek(0)
+
+
+def missing_error(where: str) -> LakeCorruptError:
+    """What it means that a committed shard is not in the store."""
+    return LakeCorruptError(
+        f"{where}: committed but missing; restore it, or let `logitlake verify --repair` return its unit to the plan"
+    )
 
 
 def read_error(where: str, error: Exception) -> LakeError:

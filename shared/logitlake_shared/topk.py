@@ -2,8 +2,9 @@
 
 An engine captures `k_max` entries of every response token (`TeacherRows`, dense). The codec keeps, for each token,
 the entries above `p_min` and at least `k_min` of them, snaps their logprobs to a grid of 256 levels and moves the
-mass of what it drops into the tail (`StoredRows`, ragged). The tail mass, the label's logprob and its rank stay
-exact. Parquet's own dictionary then holds the 256 levels as one-byte codes while every reader sees plain floats.
+mass of what it drops into the tail (`StoredRows`, ragged). The log tail mass, the label's logprob and the entropy keep
+a float16's ten mantissa bits; `grid = "exact"` rounds nothing. Parquet's own dictionary then holds the 256 levels as
+one-byte codes while every reader sees plain floats.
 
 The grid spaces levels so that p·step² is constant (uniform in sqrt(p), the Hellinger metric), capped at 0.35 nats
 for improbable tokens: probable tokens are held to a thousandth of a nat, improbable ones coarsely, and the KL spent

@@ -7,6 +7,7 @@ copies leave first; a copy that is open somewhere stays readable until it is clo
 """
 
 import fcntl
+import io
 import os
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from logitlake_schemas import ShardEntry, sha256_hex
-from logitlake_shared.errors import ConfigError, LakeCorruptError
+from logitlake_shared.errors import ConfigError
+from logitlake_shared.shards import check_committed, missing_error
 from logitlake_shared.store import ObjectStore
 
 __all__ = ["DEFAULT_BYTES", "FOLDER_VARIABLE", "ShardCopies", "default_folder"]
@@ -121,13 +123,6 @@ def _committed_bytes(store: ObjectStore, entry: ShardEntry) -> bytes:
     where = f"{store.uri}/{entry.path}"
     data = store.get(entry.path)
     if data is None:
-        raise LakeCorruptError(
-            f"{where}: committed but missing; restore it, or let `logitlake verify --repair` return its unit to the "
-            "plan"
-        )
-    if len(data) != entry.bytes or sha256_hex(data) != entry.sha256:
-        raise LakeCorruptError(
-            f"{where}: expected {entry.bytes} bytes with sha256 {entry.sha256}, got {len(data)} bytes with "
-            f"{sha256_hex(data)}; restore it, or let `logitlake verify --repair` return its unit to the plan"
-        )
+        raise missing_error(where)
+    check_committed(io.BytesIO(data), entry, where, whole=True)
     return data

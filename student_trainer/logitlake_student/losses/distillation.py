@@ -1,4 +1,4 @@
-"""Distillation from a cached top-k and its exact tail mass, without a `[R, V]` tensor.
+"""Distillation from a cached top-k and its tail mass, without a `[R, V]` tensor.
 
 For each response token the lake holds the teacher's K most likely tokens, their logprobs, and the logarithm
 of the mass r of everything else. The student's full softmax q is coarsened the same way, to K tokens and one
