@@ -10,6 +10,7 @@ import io
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,41 @@ from logitlake_schemas import fingerprint, sha256_hex
 from logitlake_shared.errors import ConfigError, ImageError
 from logitlake_shared.rows import LakeImage
 
-__all__ = ["PixelLoader", "decode_image", "image_processor_sha256", "inspect_image", "load_pixels"]
+__all__ = ["DecodedImage", "PixelLoader", "decode_image", "image_processor_sha256", "inspect_image", "load_pixels"]
 
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 64 * 10**6
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # Where transformers looks for an image processor's configuration, newest name first.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """One image as a teacher gets it: decoded, upright, RGB."""
+
+    image_sha256: str
+    """of the encoded bytes"""
+    rgb_HWC: npt.NDArray[np.uint8]
+
+    @property
+    def width(self) -> int:
+        """Pixels from left to right."""
+        return int(self.rgb_HWC.shape[1])
+
+    @property
+    def height(self) -> int:
+        """Pixels from top to bottom."""
+        return int(self.rgb_HWC.shape[0])
+
+    def as_pil(self) -> Image.Image:
+        """The same pixels for a library that wants PIL."""
+        return Image.fromarray(self.rgb_HWC)
+
+    @classmethod
+    def of(cls, data: bytes) -> "DecodedImage":
+        """Decodes in this process. Raises `ImageError` as `decode_image` does."""
+        return cls(sha256_hex(data), np.asarray(decode_image(data)))
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -68,8 +97,11 @@ class PixelLoader:
 
     def __call__(self, images: Sequence[bytes]) -> npt.NDArray[np.float32]:
         """Raises `ImageError` as `decode_image` does."""
-        decoded = [decode_image(data) for data in images]
-        pixels: npt.NDArray[np.float32] = self._processor(decoded, return_tensors="np")["pixel_values"]
+        return self.of_decoded([decode_image(data) for data in images])
+
+    def of_decoded(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
+        """As a call, of images that are decoded already."""
+        pixels: npt.NDArray[np.float32] = self._processor(list(images), return_tensors="np")["pixel_values"]
         return np.asarray(pixels, np.float32)
 
 

@@ -66,6 +66,8 @@ class TeacherRows:
     """1 = the teacher's first choice"""
     log_tail_mass_T: Float32
     """log probability outside the K entries; -inf where K is the vocabulary"""
+    log_tail_mass_TX: Float32 | None = None
+    """the same at each of the X other temperatures that were asked for: of softmax(logits / temperature)"""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ def encode(rows: TeacherRows, policy: CodecPolicy) -> StoredRows:
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """The rows of several samples as one, in order. All have the same K (or number of draws)."""
     kind = type(parts[0])
-    return kind(**{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(kind)})
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(kind)}
+    return kind(**{name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()})
 
 
 def split(rows: StoredRows, lengths: Sequence[int]) -> list[StoredRows]:

@@ -12,7 +12,7 @@ from logitlake_shared.lake import Cache, UnitResult
 from logitlake_shared.rows import LakeSample
 from logitlake_shared.topk import DrawnRows, StoredRows, TeacherRows, concatenate, encode, split, stored_error
 from logitlake_teacher.engines.base import Engine, ScoredSample
-from logitlake_teacher.planner import PlannedSample, Unit
+from logitlake_teacher.items import PlannedSample, Unit
 from logitlake_teacher.unit_work import (
     accept,
     committed_record,
@@ -36,10 +36,10 @@ def capture_unit(engine: Engine, unit: Unit, cache: Cache, crashed: Mapping[str,
     committed = committed_record(cache, unit)
     if committed is not None:
         return committed
-    images, errors = load_images(unit.items)
-    errors |= crash_errors(unit, crashed)
+    images = load_images(unit.items)
+    errors = images.errors | crash_errors(unit, crashed)
     todo = [item for item in unit.items if isinstance(item, PlannedSample) and item.item_id not in errors]
-    answers = engine.score([request for item in todo for request in requests_of(item, images)])
+    answers = engine.score([request for item in todo for request in requests_of(item, images.decoded)])
     accepted: list[tuple[PlannedSample, ScoredSample]] = []
     for item, answer in zip(todo, answers, strict=True):
         checked = accept(item, answer, len(item.response_ids), cache.spec)
@@ -52,7 +52,7 @@ def capture_unit(engine: Engine, unit: Unit, cache: Cache, crashed: Mapping[str,
         UnitResult(
             unit=unit.unit_id,
             samples=samples,
-            images=images_of((sample.image_sha256 for sample in samples), images),
+            images=images_of((sample.image_sha256 for sample in samples), images.encoded),
             errors=in_order(unit, errors),
             stored_error=error,
         )

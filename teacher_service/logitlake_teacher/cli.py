@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from logitlake_schemas import CommitRecord
     from logitlake_shared.cache_figures import CacheFigures
     from logitlake_teacher.config import CaptureConfig, PairsConfig
-    from logitlake_teacher.planner import Unit
+    from logitlake_teacher.items import Unit
 
 __all__ = ["cli", "main"]
 

@@ -11,7 +11,7 @@ from logitlake_schemas import CaptureSpec, CodecPolicy, CommitRecord, UnitError
 from logitlake_shared.lake import Cache, UnitResult
 from logitlake_shared.rows import LakePair
 from logitlake_teacher.engines.base import Engine, SampleProblem, ScoredSample
-from logitlake_teacher.planner import PlannedPair, Unit
+from logitlake_teacher.items import PlannedPair, Unit
 from logitlake_teacher.unit_work import (
     accept,
     committed_record,
@@ -33,10 +33,10 @@ def capture_pairs_unit(engine: Engine, unit: Unit, cache: Cache, crashed: Mappin
     committed = committed_record(cache, unit)
     if committed is not None:
         return committed
-    images, errors = load_images(unit.items)
-    errors |= crash_errors(unit, crashed)
+    images = load_images(unit.items)
+    errors = images.errors | crash_errors(unit, crashed)
     todo = [item for item in unit.items if isinstance(item, PlannedPair) and item.item_id not in errors]
-    answers = engine.score([request for item in todo for request in requests_of(item, images)])
+    answers = engine.score([request for item in todo for request in requests_of(item, images.decoded)])
     pairs: list[LakePair] = []
     for item, chosen, rejected in zip(todo, answers[::2], answers[1::2], strict=True):
         pair = _lake_pair(item, chosen, rejected, cache.spec)
@@ -48,7 +48,7 @@ def capture_pairs_unit(engine: Engine, unit: Unit, cache: Cache, crashed: Mappin
         UnitResult(
             unit=unit.unit_id,
             pairs=pairs,
-            images=images_of((pair.image_sha256 for pair in pairs), images),
+            images=images_of((pair.image_sha256 for pair in pairs), images.encoded),
             errors=in_order(unit, errors),
         )
     )

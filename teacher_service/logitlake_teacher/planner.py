@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from logitlake_schemas import DatasetIdentity, fingerprint, sha256_hex
 from logitlake_shared.alignment import expand_images, interleave
@@ -20,79 +19,12 @@ from logitlake_shared.data_formats import Conversation, ImageRef, PreferencePair
 from logitlake_shared.errors import DataError, ImageError
 from logitlake_shared.rendering import Rendered, Renderer
 from logitlake_teacher.config import LlavaSource, RlaifVSource
+from logitlake_teacher.items import Item, PlannedPair, PlannedSample, Unit
 
-__all__ = ["Plan", "PlannedPair", "PlannedSample", "Unit", "plan_pairs", "plan_samples"]
+__all__ = ["Plan", "plan_pairs", "plan_samples"]
 
 # Digits of a unit's content digest in its name. Its number comes first, so that names sort as the plan does.
 _UNIT_DIGITS = 12
-
-Int32 = NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class PlannedSample:
-    """One conversation, rendered: what a `Conversation` says, in ids."""
-
-    sample_id: str
-    task: str
-    source: str
-    split: str
-    messages: list[dict[str, Any]]
-    prompt_ids: Int32
-    prompt_lengths: Int32
-    response_ids: Int32
-    response_lengths: Int32
-    images: tuple[ImageRef, ...]
-    image_sha256: tuple[str, ...]
-
-    @property
-    def item_id(self) -> str:
-        """The id under which errors and duplicates are reported."""
-        return self.sample_id
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the whole sequence, an image counted as one."""
-        return len(self.prompt_ids) + len(self.response_ids)
-
-
-@dataclass(frozen=True)
-class PlannedPair:
-    """One preference pair, rendered."""
-
-    pair_id: str
-    task: str
-    source: str
-    split: str
-    messages: list[dict[str, Any]]
-    prompt_ids: Int32
-    chosen_ids: Int32
-    rejected_ids: Int32
-    images: tuple[ImageRef, ...]
-    image_sha256: tuple[str, ...]
-
-    @property
-    def item_id(self) -> str:
-        """The id under which errors and duplicates are reported."""
-        return self.pair_id
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the two sequences, an image counted as one."""
-        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
-
-
-Item = PlannedSample | PlannedPair
-
-
-@dataclass(frozen=True)
-class Unit:
-    """The smallest piece of work: it is captured by one engine and commits itself as a whole."""
-
-    unit_id: str
-    """`<number>-<content digest>`"""
-    items: tuple[Item, ...]
-    """all samples or all pairs"""
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,23 @@ may be written; whatever fails becomes a `UnitError` with a code, never a gap.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from logitlake_schemas import CaptureSpec, CommitRecord, SampledPolicy, UnitError, layout
 from logitlake_shared.draws import check_draws
 from logitlake_shared.errors import DataError, EngineError, ImageError
-from logitlake_shared.images import inspect_image
+from logitlake_shared.images import DecodedImage, inspect_image
 from logitlake_shared.lake import Cache
 from logitlake_shared.rows import LakeImage
 from logitlake_shared.topk import DrawnRows, check_rows
 from logitlake_teacher.engines.base import SampleProblem, ScoredSample, ScoreRequest
-from logitlake_teacher.planner import Item, PlannedPair, PlannedSample, Unit
+from logitlake_teacher.items import Item, PlannedPair, PlannedSample, Unit
 
 __all__ = [
     "Errors",
+    "UnitImages",
     "accept",
     "committed_record",
     "crash_errors",
@@ -32,6 +34,18 @@ __all__ = [
 Errors = dict[str, UnitError]
 
 
+@dataclass(frozen=True)
+class UnitImages:
+    """The images of a unit by sha256, and why some of its items cannot be captured."""
+
+    encoded: dict[str, LakeImage] = field(default_factory=dict)
+    """as they go into the lake"""
+    decoded: dict[str, DecodedImage] = field(default_factory=dict)
+    """as the teacher sees them"""
+    errors: Errors = field(default_factory=dict)
+    """by item id: images that cannot be used, and problems that planning found"""
+
+
 def committed_record(cache: Cache, unit: Unit) -> CommitRecord | None:
     """The unit's commit record, if it has one: then there is nothing to do."""
     if cache.store.get(layout.commit_path(cache.name, unit.unit_id)) is None:
@@ -39,18 +53,20 @@ def committed_record(cache: Cache, unit: Unit) -> CommitRecord | None:
     return cache.commit(unit.unit_id)
 
 
-def load_images(items: Sequence[Item]) -> tuple[dict[str, LakeImage], Errors]:
-    """Every image of the items by its sha256, and an error for each item whose image cannot be used.
+def load_images(items: Sequence[Item]) -> UnitImages:
+    """Loads and decodes every image of the items once.
 
     Raises `DataError` (`input_changed`) if an image is not the one that was planned: the plan is then not the plan of
     this data, and what would be written is not what the fingerprint says.
     """
-    images: dict[str, LakeImage] = {}
-    errors: Errors = {}
+    images = UnitImages()
     for item in items:
+        if item.problem is not None:
+            images.errors[item.item_id] = item.problem
+            continue
         try:
             for reference, planned in zip(item.images, item.image_sha256, strict=True):
-                if planned in images:
+                if planned in images.decoded:
                     continue
                 image = inspect_image(reference.load())
                 if image.image_sha256 != planned:
@@ -58,23 +74,24 @@ def load_images(items: Sequence[Item]) -> tuple[dict[str, LakeImage], Errors]:
                         f"input_changed: image {reference.path} of {item.item_id!r} has sha256 {image.image_sha256}, "
                         f"it was {planned} when the plan was made; restore it, or capture into a new cache"
                     )
-                images[planned] = image
+                images.encoded[planned] = image
+                images.decoded[planned] = DecodedImage.of(image.data)
         except ImageError as error:
             code, _, message = str(error).partition(": ")
-            errors[item.item_id] = UnitError(sample_id=item.item_id, code=code, message=message)
-    return images, errors
+            images.errors[item.item_id] = UnitError(sample_id=item.item_id, code=code, message=message)
+    return images
 
 
-def requests_of(item: Item, images: Mapping[str, LakeImage]) -> list[ScoreRequest]:
+def requests_of(item: Item, decoded: Mapping[str, DecodedImage]) -> list[ScoreRequest]:
     """What to ask the teacher about the item: one request for a sample, chosen and rejected for a pair."""
-    data = tuple(images[sha256].data for sha256 in item.image_sha256)
+    pixels = tuple(decoded[sha256] for sha256 in item.image_sha256)
     if isinstance(item, PlannedSample):
         return [
             ScoreRequest(
-                item.sample_id, item.prompt_ids, item.prompt_lengths, item.response_ids, item.response_lengths, data
+                item.sample_id, item.prompt_ids, item.prompt_lengths, item.response_ids, item.response_lengths, pixels
             )
         ]
-    return [_pair_request(item, role, data) for role in ("chosen", "rejected")]
+    return [_pair_request(item, role, pixels) for role in ("chosen", "rejected")]
 
 
 def accept(
@@ -116,12 +133,12 @@ def in_order(unit: Unit, errors: Errors) -> list[UnitError]:
     return [errors[item.item_id] for item in unit.items if item.item_id in errors]
 
 
-def images_of(captured: Iterable[tuple[str, ...]], images: Mapping[str, LakeImage]) -> list[LakeImage]:
+def images_of(captured: Iterable[tuple[str, ...]], encoded: Mapping[str, LakeImage]) -> list[LakeImage]:
     """The images that the captured rows name, each once, in the order of first mention."""
-    return [images[sha256] for sha256 in dict.fromkeys(sha256 for row in captured for sha256 in row)]
+    return [encoded[sha256] for sha256 in dict.fromkeys(sha256 for row in captured for sha256 in row)]
 
 
-def _pair_request(pair: PlannedPair, role: str, data: tuple[bytes, ...]) -> ScoreRequest:
+def _pair_request(pair: PlannedPair, role: str, pixels: tuple[DecodedImage, ...]) -> ScoreRequest:
     response_ids = pair.chosen_ids if role == "chosen" else pair.rejected_ids
     return ScoreRequest(
         f"{pair.pair_id}/{role}",
@@ -129,5 +146,5 @@ def _pair_request(pair: PlannedPair, role: str, data: tuple[bytes, ...]) -> Scor
         np.array([len(pair.prompt_ids)], np.int32),
         response_ids,
         np.array([len(response_ids)], np.int32),
-        data,
+        pixels,
     )

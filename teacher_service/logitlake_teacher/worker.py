@@ -9,7 +9,7 @@ from logitlake_teacher.capture import capture_unit
 from logitlake_teacher.config import EngineConfig
 from logitlake_teacher.engines import EngineSetup, build_engine
 from logitlake_teacher.pairs import capture_pairs_unit
-from logitlake_teacher.planner import Item, Unit
+from logitlake_teacher.items import Item, Unit
 from logitlake_teacher.unit_work import load_images, requests_of
 
 __all__ = ["CaptureJob", "UnitWorker"]
@@ -40,9 +40,9 @@ class UnitWorker:
 
     def probe(self, items: Sequence[Item]) -> None:
         """Scores the items and forgets the answers: does the teacher survive them?"""
-        images, errors = load_images(items)
-        sound = [item for item in items if item.item_id not in errors]
-        self._engine.score([request for item in sound for request in requests_of(item, images)])
+        images = load_images(items)
+        sound = [item for item in items if item.item_id not in images.errors]
+        self._engine.score([request for item in sound for request in requests_of(item, images.decoded)])
 
     def close(self) -> None:
         """Frees the engine."""

@@ -18,6 +18,7 @@ from PIL import Image
 from logitlake_schemas import SampledPolicy
 from logitlake_shared.draws import uniforms
 from logitlake_shared.errors import EngineError
+from logitlake_shared.images import DecodedImage
 from logitlake_shared.rendering import Renderer
 from logitlake_shared.topk import DrawnRows, TeacherRows, check_rows
 from logitlake_teacher.config import EngineConfig, FakeEngineConfig, HfEngineConfig, VllmEngineConfig
@@ -25,6 +26,7 @@ from logitlake_teacher.engines import (
     Engine,
     EngineSetup,
     SampleProblem,
+    Sampling,
     ScoredSample,
     ScoreRequest,
     build_engine,
@@ -127,7 +129,7 @@ def ask(tiny_teacher: Path) -> Callable[..., ScoreRequest]:
             rendered.prompt_lengths,
             rendered.response_ids,
             rendered.response_lengths,
-            () if image is None else (image,),
+            () if image is None else (DecodedImage.of(image),),
         )
 
     return make
@@ -287,31 +289,37 @@ def test_a_sample_over_the_context_is_a_problem_of_its_own(
     assert_same_rows(scored(answers[0]), scored(engine.score([requests[0]])[0]), BATCH_TOLERANCE)
 
 
-def test_an_image_that_does_not_decode_is_a_problem_of_its_own(
-    engine: Engine, ask: Callable[..., ScoreRequest], requests: list[ScoreRequest]
-) -> None:
-    """`image_decode` for a picture cut in the middle; the neighbours are scored as ever."""
-    data = noise_png(5)
-    broken = ask("broken", ["what is in the picture?", "no"], data[: len(data) // 2])
-    answers = engine.score([broken, requests[0]])
-    problem = answers[0]
-    assert isinstance(problem, SampleProblem)
-    assert (problem.sample_id, problem.code) == ("broken", "image_decode")
-    assert_same_rows(scored(answers[1]), scored(engine.score([requests[0]])[0]), BATCH_TOLERANCE)
-
-
 def test_what_the_teacher_says_by_itself_is_its_first_choice(
     engine: Engine, requests: list[ScoreRequest], ask: Callable[..., ScoreRequest]
 ) -> None:
     """Greedy generation and scoring are one model: each generated token, scored, has rank 1."""
     asked = ask("asked", ["what is in the picture?", "-"], noise_png(4))
     prompt = replace(asked, response_ids=np.zeros(0, np.int32), response_lengths=np.array([0], np.int32))
-    (candidates,) = engine.generate([prompt], max_new_tokens=6, n=1, temperature=0.0, seed=0)
+    (candidates,) = engine.generate([prompt], Sampling(max_new_tokens=6))
     assert not isinstance(candidates, SampleProblem)
     said = candidates[0].response_ids
     assert 1 <= len(said) <= 6
     forced = replace(asked, response_ids=said, response_lengths=np.array([len(said)], np.int32))
-    assert scored(engine.score([forced])[0]).rows.label_rank_T.tolist() == [1] * len(said)
+    answer = scored(engine.score([forced])[0])
+    assert answer.rows.label_rank_T.tolist() == [1] * len(said)
+    assert answer.expanded_length == candidates[0].expanded_length
+
+
+def test_rows_of_a_candidate_are_those_of_scoring_it(engine: Engine, ask: Callable[..., ScoreRequest]) -> None:
+    """Drawn hot or from a nucleus, its rows are the teacher's own distribution at T=1, as if it had been given."""
+    asked = ask("asked", ["what is in the picture?", "-"], noise_png(4))
+    prompt = replace(asked, response_ids=np.zeros(0, np.int32), response_lengths=np.array([0], np.int32))
+    sampling = Sampling(max_new_tokens=6, n=2, temperature=1.5, top_p=0.9, seed=3)
+    (candidates,) = engine.generate([prompt], sampling)
+    assert not isinstance(candidates, SampleProblem)
+    for candidate in candidates:
+        ids = candidate.response_ids
+        forced = replace(asked, response_ids=ids, response_lengths=np.array([len(ids)], np.int32))
+        rows = scored(engine.score([forced])[0]).rows
+        assert isinstance(rows, TeacherRows)
+        np.testing.assert_allclose(candidate.rows.label_logprob_T, rows.label_logprob_T, atol=BATCH_TOLERANCE, rtol=0)
+        np.testing.assert_allclose(candidate.rows.topk_logprobs_TK, rows.topk_logprobs_TK, atol=BATCH_TOLERANCE, rtol=0)
+        np.testing.assert_array_equal(candidate.rows.label_rank_T, rows.label_rank_T)
 
 
 def test_candidates_follow_the_seed(engine: Engine, ask: Callable[..., ScoreRequest]) -> None:
@@ -320,7 +328,7 @@ def test_candidates_follow_the_seed(engine: Engine, ask: Callable[..., ScoreRequ
     prompt = replace(asked, response_ids=np.zeros(0, np.int32), response_lengths=np.array([0], np.int32))
 
     def draw(seed: int) -> list[list[int]]:
-        (candidates,) = engine.generate([prompt], max_new_tokens=8, n=3, temperature=1.0, seed=seed)
+        (candidates,) = engine.generate([prompt], Sampling(max_new_tokens=8, n=3, temperature=1.0, seed=seed))
         assert not isinstance(candidates, SampleProblem)
         return [candidate.response_ids.tolist() for candidate in candidates]
 

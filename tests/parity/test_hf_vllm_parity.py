@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from logitlake_shared.images import DecodedImage
 from logitlake_shared.rendering import Renderer
 from logitlake_teacher.config import HfEngineConfig, VllmEngineConfig
 from logitlake_teacher.engines import EngineSetup, ScoredSample, ScoreRequest, build_engine
@@ -53,12 +54,12 @@ def conversation(renderer: Renderer, number: int) -> ScoreRequest:
         image = [{"type": "image"}] if place == 0 and size is not None else []
         messages.append({"role": "user", "content": [*image, {"type": "text", "text": text}]})
     rendered = renderer.render(messages)
-    images: tuple[bytes, ...] = ()
+    images: tuple[DecodedImage, ...] = ()
     if size is not None:
         buffer = io.BytesIO()
         pixels = np.random.default_rng(number).integers(0, 256, size=(size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels, "RGB").save(buffer, "PNG")
-        images = (buffer.getvalue(),)
+        images = (DecodedImage.of(buffer.getvalue()),)
     return ScoreRequest(
         str(number),
         rendered.prompt_ids,

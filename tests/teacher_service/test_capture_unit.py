@@ -10,6 +10,7 @@ import pytest
 
 from logitlake_schemas import CaptureSpec, CodecPolicy, SampledPolicy
 from logitlake_shared.errors import DataError
+from logitlake_shared.images import DecodedImage
 from logitlake_shared.lake import Cache, Lake
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
@@ -69,8 +70,8 @@ def test_the_lake_holds_what_the_teacher_said(bench: Bench) -> None:
     for unit in bench.plan.units:
         for item in unit.items:
             sample = stored.pop(item.item_id)
-            images = {sha256: _Image(data) for sha256, data in zip(sample.image_sha256, sample.images, strict=True)}
-            (request,) = requests_of(item, images)  # type: ignore[arg-type]  # only the bytes are looked at
+            images = {image.image_sha256: image for image in map(DecodedImage.of, sample.images)}
+            (request,) = requests_of(item, images)
             truth_TV = engine.truth(request)
             rows = sample.rows
             topk_ids_TK = rows.topk_ids.reshape(-1, 8)
@@ -102,11 +103,6 @@ def test_the_lake_holds_the_counts_of_the_draws(bench: Bench) -> None:
         counts = np.rint(np.exp(rows.topk_logprobs.astype(np.float64)) * policy.draws)
         starts_T = np.cumsum(rows.k_T, dtype=np.int64) - rows.k_T
         assert np.add.reduceat(counts, starts_T).tolist() == [policy.draws] * len(rows.k_T)
-
-
-class _Image:
-    def __init__(self, data: bytes) -> None:
-        self.data = data
 
 
 def test_a_committed_unit_is_not_scored_again(bench: Bench) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from logitlake_shared.errors import EngineError
-from logitlake_shared.images import load_pixels
+from logitlake_shared.images import DecodedImage, load_pixels
 from logitlake_shared.rendering import Renderer
 from logitlake_teacher.config import HfEngineConfig
 from logitlake_teacher.engines import EngineSetup, ScoredSample, ScoreRequest, build_engine
@@ -34,7 +34,7 @@ def requests(tiny_teacher: Path, png: Callable[[int], bytes]) -> list[ScoreReque
     for number in range(5):
         question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?" * (number + 1)}]}
         rendered = renderer.render([question, {"role": "assistant", "content": f"a red {number}"}])
-        made.append(ScoreRequest(str(number), **vars(rendered), images=(png(number),)))
+        made.append(ScoreRequest(str(number), **vars(rendered), images=(DecodedImage.of(png(number)),)))
     return made
 
 
@@ -48,7 +48,7 @@ def dense_logprobs(setup: EngineSetup, request: ScoreRequest) -> np.ndarray:
     for token in request.prompt_ids.tolist():
         expanded += [token] * (16 if token == setup.image_token_id else 1)
     ids = torch.tensor([[*expanded, *request.response_ids.tolist()]])
-    pixels = torch.from_numpy(load_pixels(setup.model_dir)(list(request.images)))
+    pixels = torch.from_numpy(load_pixels(setup.model_dir).of_decoded([image.as_pil() for image in request.images]))
     with torch.inference_mode():
         logits_SV = model(input_ids=ids, pixel_values=pixels).logits[0].double()[:, : setup.vocab_size]
     # The last prompt position predicts the first response token, and so on.

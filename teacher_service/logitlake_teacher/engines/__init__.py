@@ -10,6 +10,7 @@ from logitlake_teacher.engines.base import (
     EngineSetup,
     Generation,
     SampleProblem,
+    Sampling,
     ScoredSample,
     ScoreRequest,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "EngineSetup",
     "Generation",
     "SampleProblem",
+    "Sampling",
     "ScoreRequest",
     "ScoredSample",
     "build_engine",

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from logitlake_schemas import SampledPolicy
 from logitlake_schemas.records import EngineIdentity
 from logitlake_shared.alignment import expand_images, interleave
-from logitlake_shared.errors import ImageError
+from logitlake_shared.images import DecodedImage
 from logitlake_shared.topk import DrawnRows, TeacherRows
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "ScoredSample",
     "agree_label_ranks",
     "expand_request",
-    "image_problem",
     "too_long_problem",
 ]
 
@@ -58,6 +57,8 @@ class EngineSetup:
     """CPU threads of the forward pass"""
     sampled: SampledPolicy | None = None
     """draws from the full distribution instead of its most probable entries, for engines that see all of it"""
+    temperatures: tuple[float, ...] = ()
+    """temperatures beside 1 at which the tail mass is captured, too"""
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class ScoreRequest:
     prompt_lengths: Int32Array
     response_ids: Int32Array
     response_lengths: Int32Array
-    images: tuple[bytes, ...] = ()
-    """encoded images in the order of their placeholders"""
+    images: tuple[DecodedImage, ...] = ()
+    """in the order of their placeholders; decoded under guard before any engine sees them"""
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,23 @@ class SampleProblem:
 
     sample_id: str
     code: str
-    """stable, for machines: `prompt_too_long`, `image_decode`, `teacher_nonfinite`, …"""
+    """stable, for machines: `prompt_too_long`, `too_many_images`, `teacher_nonfinite`, …"""
     message: str
     """for people, with the figures"""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How candidates are drawn."""
+
+    max_new_tokens: int
+    n: int = 1
+    """candidates of each request; they share one prefill of the prompt"""
+    temperature: float = 0.0
+    """0 is greedy and wants `n` = 1"""
+    top_p: float = 1.0
+    seed: int = 0
+    """candidates depend on the seed and the request, not on its neighbours"""
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,10 @@ class Generation:
     response_ids: Int32Array
     """EOS included where the teacher said it"""
     finish_reason: Literal["stop", "length"]
+    rows: TeacherRows
+    """of the teacher's own distribution at T=1, whatever the candidate was drawn with: one row a response token"""
+    expanded_length: int
+    """length of prompt and response, images expanded"""
 
 
 class Engine(Protocol):
@@ -114,14 +133,8 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(
-        self, requests: Sequence[ScoreRequest], max_new_tokens: int, n: int, temperature: float, seed: int
-    ) -> list[list[Generation] | SampleProblem]:
-        """`n` candidates for each request, whose responses are empty: one prompt segment, no response.
-
-        `temperature` 0 is greedy and wants `n=1`. Candidates depend on `seed` and the request, not on
-        its neighbours.
-        """
+    def generate(self, requests: Sequence[ScoreRequest], sampling: Sampling) -> list[list[Generation] | SampleProblem]:
+        """`sampling.n` candidates for each request, whose responses are empty: one prompt segment, no response."""
         ...
 
     def describe(self) -> EngineIdentity:
@@ -134,15 +147,15 @@ class Engine(Protocol):
 
 
 def expand_request(
-    request: ScoreRequest, image_token_id: int | None, tokens_per_image: int
+    request: ScoreRequest, image_token_id: int | None, tokens_per_image: Sequence[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """`(ids_S, is_response_S)` of the sequence that the teacher sees, `tokens_per_image` placeholders an image."""
+    """`(ids_S, is_response_S)` of the sequence that the teacher sees, `tokens_per_image[i]` placeholders for image i."""
     ids_S, is_response_S = interleave(
         request.prompt_ids, request.prompt_lengths, request.response_ids, request.response_lengths
     )
-    if image_token_id is None or not request.images:
+    if image_token_id is None or not tokens_per_image:
         return ids_S, is_response_S
-    return expand_images(ids_S, is_response_S, image_token_id, [tokens_per_image] * len(request.images))
+    return expand_images(ids_S, is_response_S, image_token_id, tokens_per_image)
 
 
 def agree_label_ranks(
@@ -167,9 +180,3 @@ def too_long_problem(sample_id: str, expanded_length: int, context_length: int) 
         f"the sample has {expanded_length} tokens with its images expanded, the teacher's context holds "
         f"{context_length}; shorten the sample or use a teacher with a longer context",
     )
-
-
-def image_problem(sample_id: str, error: ImageError) -> SampleProblem:
-    """The problem of a sample whose image cannot be used; the code is the word before the message's colon."""
-    code, _, message = str(error).partition(": ")
-    return SampleProblem(sample_id, code, message)

@@ -7,12 +7,14 @@ the folder, so that they are the same whichever library runs the model.
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from logitlake_schemas.fingerprint import fingerprint
 from logitlake_shared.errors import EngineError
+from logitlake_shared.images import DecodedImage
 
 __all__ = ["TeacherCheckpoint", "read_checkpoint", "weights_sha256"]
 
@@ -26,8 +28,8 @@ class TeacherCheckpoint:
     """Facts of a checkpoint folder."""
 
     sees_images: bool
-    num_image_tokens: int
-    """tokens that one image becomes; 0 for a text-only teacher"""
+    num_image_tokens: Callable[[DecodedImage], int]
+    """tokens that an image becomes"""
     context_length: int
     """positions the language model was made for"""
 
@@ -46,13 +48,14 @@ def read_checkpoint(model_dir: Path) -> TeacherCheckpoint:
     if not isinstance(context_length, int):
         raise EngineError(f"{path}: has no max_position_embeddings; set engine.context_length")
     if "vision_config" not in config:
-        return TeacherCheckpoint(False, 0, context_length)
+        return TeacherCheckpoint(False, lambda _: 0, context_length)
     if config.get("model_type") != "llava":
         raise EngineError(
             f"{path}: model_type is {config.get('model_type')!r}; the multimodal teachers of this release are 'llava' "
             "(one resolution, so that every image becomes the same number of tokens)"
         )
-    return TeacherCheckpoint(True, _num_llava_image_tokens(config), context_length)
+    num_tokens = _num_llava_image_tokens(config)
+    return TeacherCheckpoint(True, lambda _: num_tokens, context_length)
 
 
 def _num_llava_image_tokens(config: dict[str, Any]) -> int:

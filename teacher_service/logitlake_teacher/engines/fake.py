@@ -17,19 +17,18 @@ from numpy.typing import NDArray
 
 from logitlake_schemas.records import EngineIdentity
 from logitlake_shared.draws import uniforms
-from logitlake_shared.errors import EngineError, ImageError
-from logitlake_shared.images import decode_image
+from logitlake_shared.errors import EngineError
 from logitlake_shared.topk import DrawnRows, TeacherRows
 from logitlake_teacher.config import FakeEngineConfig
 from logitlake_teacher.engines.base import (
     EngineSetup,
     Generation,
     SampleProblem,
+    Sampling,
     ScoredSample,
     ScoreRequest,
     agree_label_ranks,
     expand_request,
-    image_problem,
     too_long_problem,
 )
 from logitlake_teacher.engines.identity import FAKE_VERSION, identify_engine
@@ -59,25 +58,9 @@ class FakeEngine:
         self._num_calls += 1
         return [self._score_one(request) for request in requests]
 
-    def generate(
-        self, requests: Sequence[ScoreRequest], max_new_tokens: int, n: int, temperature: float, seed: int
-    ) -> list[list[Generation] | SampleProblem]:
+    def generate(self, requests: Sequence[ScoreRequest], sampling: Sampling) -> list[list[Generation] | SampleProblem]:
         """See `Engine.generate`. Candidates are drawn from the fake truth."""
-        answers: list[list[Generation] | SampleProblem] = []
-        for request in requests:
-            try:
-                prefix = self._prefix(request)
-            except ImageError as error:
-                answers.append(image_problem(request.sample_id, error))
-                continue
-            for token in request.prompt_ids.tolist():
-                prefix.update(_token_bytes(token))
-            candidates = []
-            for index in range(n):
-                draw = np.random.default_rng([seed, index, *prefix.digest()[:8]])
-                candidates.append(self._continue(prefix.copy(), max_new_tokens, temperature, draw))
-            answers.append(candidates)
-        return answers
+        return [self._generate_one(request, sampling) for request in requests]
 
     def describe(self) -> EngineIdentity:
         """See `Engine.describe`. Faults are not part of it: they change no number."""
@@ -98,17 +81,18 @@ class FakeEngine:
             threading.Event().wait()
         if request.sample_id in config.raise_on:
             raise EngineError(f"the fake teacher was told to fail on sample {request.sample_id!r}")
-        ids_S, _ = expand_request(request, setup.image_token_id, config.tokens_per_image)
+        ids_S, _ = self._expand(request)
         if len(ids_S) > config.context_length:
             return too_long_problem(request.sample_id, len(ids_S), config.context_length)
-        try:
-            logprobs_TV = self.truth(request)
-        except ImageError as error:
-            return image_problem(request.sample_id, error)
+        logprobs_TV = self.truth(request)
         rows = self._rows(request, logprobs_TV)
         if request.sample_id in config.nan_on:
             rows.label_logprob_T[0] = np.nan
         return ScoredSample(request.sample_id, rows, len(ids_S))
+
+    def _expand(self, request: ScoreRequest) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        counts = [self._config.tokens_per_image] * len(request.images)
+        return expand_request(request, self._setup.image_token_id, counts)
 
     def _rows(self, request: ScoreRequest, logprobs_TV: NDArray[np.float64]) -> TeacherRows | DrawnRows:
         if self._setup.sampled is None:
@@ -120,12 +104,11 @@ class FakeEngine:
         """The hash of the seed and the images, to be continued by the ids."""
         prefix = hashlib.sha256(f"{FAKE_VERSION}:{self._config.seed}".encode())
         for image in request.images:
-            decode_image(image)
-            prefix.update(hashlib.sha256(image).digest())
+            prefix.update(bytes.fromhex(image.image_sha256))
         return prefix
 
     def _logits(self, request: ScoreRequest) -> Iterator[NDArray[np.float64]]:
-        ids_S, is_response_S = expand_request(request, None, 1)
+        ids_S, is_response_S = expand_request(request, None, ())
         prefix = self._prefix(request)
         for token, is_response in zip(ids_S.tolist(), is_response_S.tolist(), strict=True):
             if is_response:
@@ -136,21 +119,53 @@ class FakeEngine:
         draw = np.random.default_rng(int.from_bytes(prefix.digest()[:16], "little"))
         return draw.standard_normal(self._setup.vocab_size) * self._config.sharpness
 
+    def _generate_one(self, request: ScoreRequest, sampling: Sampling) -> list[Generation] | SampleProblem:
+        ids_S, _ = self._expand(request)
+        if len(ids_S) + sampling.max_new_tokens > self._config.context_length:
+            length = len(ids_S) + sampling.max_new_tokens
+            return too_long_problem(request.sample_id, length, self._config.context_length)
+        prefix = self._prefix(request)
+        for token in request.prompt_ids.tolist():
+            prefix.update(_token_bytes(token))
+        return [
+            self._continue(
+                prefix.copy(),
+                sampling,
+                np.random.default_rng([sampling.seed, index, *prefix.digest()[:8]]),
+                len(ids_S),
+            )
+            for index in range(sampling.n)
+        ]
+
     def _continue(
-        self, prefix: "hashlib._Hash", max_new_tokens: int, temperature: float, draw: np.random.Generator
+        self, prefix: "hashlib._Hash", sampling: Sampling, draw: np.random.Generator, prompt_length: int
     ) -> Generation:
         ids: list[int] = []
-        while len(ids) < max_new_tokens:
+        truth: list[NDArray[np.float64]] = []
+        while len(ids) < sampling.max_new_tokens and (not ids or ids[-1] != self._setup.eos_id):
             logits_V = self._logits_after(prefix)
-            if temperature > 0:
-                # Gumbel's trick: the argmax of perturbed logits is a draw from the softmax.
-                logits_V = logits_V / temperature + draw.gumbel(size=logits_V.shape)
-            token = int(logits_V.argmax())
-            ids.append(token)
-            if token == self._setup.eos_id:
-                return Generation(np.array(ids, dtype=np.int32), "stop")
-            prefix.update(_token_bytes(token))
-        return Generation(np.array(ids, dtype=np.int32), "length")
+            truth.append(_log_softmax(logits_V))
+            ids.append(_draw(logits_V, sampling, draw))
+            prefix.update(_token_bytes(ids[-1]))
+        response_ids = np.array(ids, dtype=np.int32)
+        return Generation(
+            response_ids,
+            "stop" if ids[-1] == self._setup.eos_id else "length",
+            _top_rows(np.stack(truth), response_ids, self._setup.k),
+            prompt_length + len(ids),
+        )
+
+
+def _draw(logits_V: NDArray[np.float64], sampling: Sampling, draw: np.random.Generator) -> int:
+    """One token, by inversion over the nucleus: the fewest tokens whose probability reaches `top_p`."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    p_V = np.exp(_log_softmax(logits_V / sampling.temperature))
+    order_V = np.argsort(-p_V, kind="stable")
+    cumulated_V = np.cumsum(p_V[order_V])
+    nucleus = int(np.searchsorted(cumulated_V, sampling.top_p)) + 1
+    mass = cumulated_V[min(nucleus, len(order_V)) - 1]
+    return int(order_V[min(int(np.searchsorted(cumulated_V, draw.random() * mass, side="right")), nucleus - 1)])
 
 
 def _top_rows(logprobs_TV: NDArray[np.float64], label_ids_T: NDArray[np.int32], k: int) -> TeacherRows:

@@ -10,8 +10,8 @@ Axes: B batch, S sequence, R response rows, H hidden, V vocabulary, K captured e
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,19 +21,19 @@ from numpy.typing import NDArray
 from logitlake_schemas.records import EngineIdentity
 from logitlake_shared.alignment import predicting_rows
 from logitlake_shared.draws import uniforms
-from logitlake_shared.errors import EngineError, ImageError
-from logitlake_shared.images import load_pixels
+from logitlake_shared.errors import EngineError
+from logitlake_shared.images import DecodedImage, load_pixels
 from logitlake_shared.topk import DrawnRows, Rows, TeacherRows, concatenate
 from logitlake_teacher.config import HfEngineConfig
 from logitlake_teacher.engines.base import (
     EngineSetup,
     Generation,
     SampleProblem,
+    Sampling,
     ScoredSample,
     ScoreRequest,
     agree_label_ranks,
     expand_request,
-    image_problem,
     too_long_problem,
 )
 from logitlake_teacher.engines.checkpoint import read_checkpoint
@@ -90,7 +90,7 @@ class HfEngine:
     def score(self, requests: Sequence[ScoreRequest]) -> list[ScoredSample | SampleProblem]:
         """See `Engine.score`."""
         answers: list[ScoredSample | SampleProblem | None] = [None] * len(requests)
-        pixels: dict[bytes, NDArray[np.float32]] = {}
+        pixels: dict[str, NDArray[np.float32]] = {}
         sequences: list[_Sequence] = []
         for index, request in enumerate(requests):
             prepared = self._prepare(index, request, pixels)
@@ -103,17 +103,12 @@ class HfEngine:
                 answers[sequence.index] = ScoredSample(sequence.request.sample_id, rows, len(sequence.ids_S))
         return [answer for answer in answers if answer is not None]
 
-    def generate(
-        self, requests: Sequence[ScoreRequest], max_new_tokens: int, n: int, temperature: float, seed: int
-    ) -> list[list[Generation] | SampleProblem]:
+    def generate(self, requests: Sequence[ScoreRequest], sampling: Sampling) -> list[list[Generation] | SampleProblem]:
         """See `Engine.generate`. Requests go one by one, so that no padding can move a draw."""
         answers: list[list[Generation] | SampleProblem] = []
         for index, request in enumerate(requests):
-            prepared = self._prepare(index, request, {}, room=max_new_tokens)
-            if isinstance(prepared, SampleProblem):
-                answers.append(prepared)
-            else:
-                answers.append(self._generate_one(prepared, max_new_tokens, n, temperature, seed))
+            prepared = self._prepare(index, request, {}, room=sampling.max_new_tokens)
+            answers.append(prepared if isinstance(prepared, SampleProblem) else self._generate_one(prepared, sampling))
         return answers
 
     def describe(self) -> EngineIdentity:
@@ -126,24 +121,25 @@ class HfEngine:
         self._head = None
 
     def _prepare(
-        self, index: int, request: ScoreRequest, pixels: dict[bytes, NDArray[np.float32]], room: int = 0
+        self, index: int, request: ScoreRequest, pixels: dict[str, NDArray[np.float32]], room: int = 0
     ) -> "_Sequence | SampleProblem":
-        ids_S, is_response_S = expand_request(request, self._setup.image_token_id, self._num_image_tokens)
+        ids_S, is_response_S = expand_request(
+            request, self._setup.image_token_id, [self._num_image_tokens(image) for image in request.images]
+        )
         if len(ids_S) + room > self._context_length:
             return too_long_problem(request.sample_id, len(ids_S) + room, self._context_length)
-        try:
-            for image in request.images:
-                if image not in pixels:
-                    pixels[image] = self._pixels_of(image)
-        except ImageError as error:
-            return image_problem(request.sample_id, error)
-        pixels_NCHW = np.concatenate([pixels[image] for image in request.images]) if request.images else None
+        for image in request.images:
+            if image.image_sha256 not in pixels:
+                pixels[image.image_sha256] = self._pixels_of(image)
+        pixels_NCHW = (
+            np.concatenate([pixels[image.image_sha256] for image in request.images]) if request.images else None
+        )
         return _Sequence(index, request, ids_S, predicting_rows(is_response_S), pixels_NCHW)
 
-    def _pixels_of(self, image: bytes) -> NDArray[np.float32]:
+    def _pixels_of(self, image: DecodedImage) -> NDArray[np.float32]:
         if self._load_pixels is None:
             raise EngineError(f"{self._setup.model_dir}: the teacher reads text only, but a sample holds an image")
-        return self._load_pixels([image])
+        return self._load_pixels.of_decoded([image.as_pil()])
 
     def _batches(self, sequences: list[_Sequence]) -> Iterator[list[_Sequence]]:
         """Sequences of similar length, at most `batch_tokens` padded positions a batch; the same every time."""
@@ -237,27 +233,41 @@ class HfEngine:
         )
 
     @torch.inference_mode()
-    def _generate_one(
-        self, sequence: _Sequence, max_new_tokens: int, n: int, temperature: float, seed: int
-    ) -> list[Generation]:
-        """Candidates of one request, drawn from a generator seeded by the seed and the request's own ids."""
+    def _generate_one(self, sequence: _Sequence, sampling: Sampling) -> list[Generation]:
+        """Candidates of one request, drawn from a generator seeded by the seed and the request's own ids.
+
+        What the teacher says of a candidate comes from scoring it: the same rows as for a given response.
+        """
         digest = hashlib.sha256(sequence.ids_S.tobytes()).digest()
-        torch.manual_seed(seed ^ int.from_bytes(digest[:7], "little"))
+        torch.manual_seed(sampling.seed ^ int.from_bytes(digest[:7], "little"))
         inputs: dict[str, Any] = {"input_ids": torch.from_numpy(sequence.ids_S)[None].to(self._device)}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if sequence.pixels_NCHW is not None:
             inputs["pixel_values"] = torch.from_numpy(sequence.pixels_NCHW).to(self._device, self._model.dtype)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p}
         ids_NS = self._model.generate(
             **inputs,
-            **(sampling if temperature > 0 else {"do_sample": False}),
-            num_return_sequences=n,
-            max_new_tokens=max_new_tokens,
+            **(drawn if sampling.temperature > 0 else {"do_sample": False}),
+            num_return_sequences=sampling.n,
+            max_new_tokens=sampling.max_new_tokens,
             eos_token_id=self._setup.eos_id,
             pad_token_id=self._setup.eos_id,
             suppress_tokens=self._no_tokens(),
         )
-        return [_cut_at_eos(row, self._setup.eos_id) for row in ids_NS[:, len(sequence.ids_S) :].cpu().numpy()]
+        responses = [_cut_at_eos(row, self._setup.eos_id) for row in ids_NS[:, len(sequence.ids_S) :].cpu().numpy()]
+        answers = self.score(
+            [
+                replace(sequence.request, response_ids=ids, response_lengths=np.array([len(ids)], np.int32))
+                for ids in responses
+            ]
+        )
+        candidates = []
+        for ids, answer in zip(responses, answers, strict=True):
+            assert isinstance(answer, ScoredSample)
+            assert isinstance(answer.rows, TeacherRows)
+            reason: Literal["stop", "length"] = "stop" if ids[-1] == self._setup.eos_id else "length"
+            candidates.append(Generation(ids, reason, answer.rows, answer.expanded_length))
+        return candidates
 
     def _no_tokens(self) -> list[int] | None:
         """Slots of a padded lm_head, which must never be drawn."""
@@ -308,13 +318,13 @@ def _load_model(setup: EngineSetup, sees_images: bool, config: HfEngineConfig, d
 
 def _split_rows(parts: list[Rows], lengths: list[int]) -> list[Rows]:
     """The rows of a batch, cut from chunks of the lm_head back into samples."""
-    rows = concatenate(parts)
-    columns = zip(*(np.split(column, np.cumsum(lengths)[:-1]) for column in vars(rows).values()), strict=True)
-    return [type(rows)(*column) for column in columns]
+    rows, cuts = concatenate(parts), np.cumsum(lengths)[:-1]
+    columns = [
+        [None] * len(lengths) if column is None else np.split(column, cuts) for column in vars(rows).values()
+    ]
+    return [type(rows)(*own) for own in zip(*columns, strict=True)]
 
 
-def _cut_at_eos(ids: NDArray[np.int64], eos_id: int) -> Generation:
+def _cut_at_eos(ids: NDArray[np.int64], eos_id: int) -> NDArray[np.int32]:
     ends = np.flatnonzero(ids == eos_id)
-    if len(ends):
-        return Generation(ids[: ends[0] + 1].astype(np.int32), "stop")
-    return Generation(ids.astype(np.int32), "length")
+    return ids[: ends[0] + 1 if len(ends) else None].astype(np.int32)

@@ -13,26 +13,25 @@ rounding of float32, hence the floor below. The engine `hf` has the exact tail.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitlake_schemas.records import EngineIdentity
 from logitlake_shared.alignment import predicting_rows
-from logitlake_shared.errors import EngineError, ImageError
-from logitlake_shared.images import decode_image
+from logitlake_shared.errors import EngineError
 from logitlake_shared.topk import TeacherRows
 from logitlake_teacher.config import VllmEngineConfig
 from logitlake_teacher.engines.base import (
     EngineSetup,
     Generation,
     SampleProblem,
+    Sampling,
     ScoredSample,
     ScoreRequest,
     agree_label_ranks,
     expand_request,
-    image_problem,
     too_long_problem,
 )
 from logitlake_teacher.engines.checkpoint import read_checkpoint
@@ -114,31 +113,32 @@ class VllmEngine:
             answers[prompt.index] = ScoredSample(prompt.request.sample_id, rows, len(prompt.expanded_ids_S))
         return [answer for answer in answers if answer is not None]
 
-    def generate(
-        self, requests: Sequence[ScoreRequest], max_new_tokens: int, n: int, temperature: float, seed: int
-    ) -> list[list[Generation] | SampleProblem]:
-        """See `Engine.generate`."""
-        problems, prompts = self._prepare_all(requests, room=max_new_tokens)
+    def generate(self, requests: Sequence[ScoreRequest], sampling: Sampling) -> list[list[Generation] | SampleProblem]:
+        """See `Engine.generate`. All candidates of a request share one prefill; their rows come with decoding."""
+        problems, prompts = self._prepare_all(requests, room=sampling.max_new_tokens)
         answers: list[list[Generation] | SampleProblem | None] = [
             problem if isinstance(problem, SampleProblem) else None for problem in problems
         ]
-        sampling = self._vllm.SamplingParams(
-            n=n,
-            max_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed if temperature > 0 else None,
+        params = self._vllm.SamplingParams(
+            n=sampling.n,
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed if sampling.temperature > 0 else None,
+            logprobs=self._setup.k,
+            flat_logprobs=True,
             detokenize=False,
             stop_token_ids=[self._setup.eos_id],
         )
-        for prompt, output in zip(prompts, self._run(prompts, sampling), strict=True):
-            answers[prompt.index] = [
-                Generation(
-                    np.asarray(candidate.token_ids, dtype=np.int32),
-                    "stop" if candidate.finish_reason == "stop" else "length",
-                )
-                for candidate in output.outputs
-            ]
+        for prompt, output in zip(prompts, self._run(prompts, params), strict=True):
+            answers[prompt.index] = [self._candidate(prompt, candidate) for candidate in output.outputs]
         return [answer for answer in answers if answer is not None]
+
+    def _candidate(self, prompt: _Prompt, candidate: Any) -> Generation:
+        ids = np.asarray(candidate.token_ids, dtype=np.int32)
+        rows = self._flat_rows(candidate.logprobs, np.arange(len(ids)), len(ids), ids)
+        reason: Literal["stop", "length"] = "stop" if candidate.finish_reason == "stop" else "length"
+        return Generation(ids, reason, rows, len(prompt.expanded_ids_S) + len(ids))
 
     def describe(self) -> EngineIdentity:
         """See `Engine.describe`."""
@@ -176,8 +176,10 @@ class VllmEngine:
 
     def _prepare(self, index: int, request: ScoreRequest, room: int) -> "_Prompt | SampleProblem":
         setup = self._setup
-        ids_S, _ = expand_request(request, None, 1)
-        expanded_ids_S, is_response_S = expand_request(request, setup.image_token_id, self._num_image_tokens)
+        ids_S, _ = expand_request(request, None, ())
+        expanded_ids_S, is_response_S = expand_request(
+            request, setup.image_token_id, [self._num_image_tokens(image) for image in request.images]
+        )
         if len(expanded_ids_S) + room > self._context_length:
             return too_long_problem(request.sample_id, len(expanded_ids_S) + room, self._context_length)
         prompt: dict[str, Any] = {"prompt_token_ids": ids_S.tolist()}
@@ -187,11 +189,8 @@ class VllmEngine:
                 "too_many_images",
                 f"the sample has {len(request.images)} images, engine.max_images is {self._config.max_images}",
             )
-        try:
-            if request.images:
-                prompt["multi_modal_data"] = {"image": [decode_image(image) for image in request.images]}
-        except ImageError as error:
-            return image_problem(request.sample_id, error)
+        if request.images:
+            prompt["multi_modal_data"] = {"image": [image.as_pil() for image in request.images]}
         return _Prompt(index, request, prompt, expanded_ids_S, is_response_S)
 
     def _rows_of(self, prompt: _Prompt, output: Any) -> TeacherRows:
@@ -216,8 +215,11 @@ class VllmEngine:
                 f"sample {prompt.request.sample_id!r}: vLLM returned {len(flat.token_ids)} logprobs, expected "
                 f"{num_positions} positions of {k + 1}"
             )
-        # [positions 1..S-1, k + 1] -> response rows only
-        rows_R = predicting_rows(prompt.is_response_S)
+        return self._flat_rows(flat, predicting_rows(prompt.is_response_S), num_positions, prompt.request.response_ids)
+
+    def _flat_rows(self, flat: Any, rows_R: NDArray[np.int64], num_positions: int, label_ids_R: Any) -> TeacherRows:
+        """[positions, k + 1] flat lists of vLLM -> the rows `rows_R`; column 0 is the actual token."""
+        k = self._setup.k
         ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(num_positions, k + 1)[rows_R]
         logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(num_positions, k + 1)[rows_R]
         rank_T = np.asarray(flat.ranks, dtype=np.int32).reshape(num_positions, k + 1)[rows_R, 0]
@@ -226,7 +228,7 @@ class VllmEngine:
             topk_ids_TK=topk_ids_TK,
             topk_logprobs_TK=topk_logprobs_TK,
             label_logprob_T=logprobs[:, 0],
-            label_rank_T=agree_label_ranks(topk_ids_TK, prompt.request.response_ids, rank_T),
+            label_rank_T=agree_label_ranks(topk_ids_TK, label_ids_R, rank_T),
             log_tail_mass_T=_log_tail(topk_logprobs_TK, self._setup.vocab_size),
         )
 

@@ -3,11 +3,11 @@
 A sample that kills the teacher kills the command; run it under `ray` to have such samples found and set aside.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from logitlake_schemas import CommitRecord
 from logitlake_teacher.executors.base import MakeWorker
-from logitlake_teacher.planner import Unit
+from logitlake_teacher.items import Unit
 
 __all__ = ["InlineExecutor"]
 
@@ -15,7 +15,7 @@ __all__ = ["InlineExecutor"]
 class InlineExecutor:
     """Implements `executors.base.Executor`."""
 
-    def run(self, units: Sequence[Unit], make_worker: MakeWorker) -> Iterator[CommitRecord]:
+    def run(self, units: Iterable[Unit], make_worker: MakeWorker) -> Iterator[CommitRecord]:
         """See `Executor.run`."""
         worker = make_worker()
         try:

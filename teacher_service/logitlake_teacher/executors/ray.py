@@ -13,7 +13,7 @@ a lost actor costs one unit.
 import collections
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from logitlake_schemas import CommitRecord
 from logitlake_shared.errors import ConfigError, EngineError, LogitLakeError
 from logitlake_teacher.config import RayExecutorConfig
 from logitlake_teacher.executors.base import MakeWorker
-from logitlake_teacher.planner import Item, Unit
+from logitlake_teacher.items import Item, Unit
 
 __all__ = ["RayExecutor"]
 
@@ -51,14 +51,14 @@ class RayExecutor:
         self._ray: Any = ray
         self._config = config
 
-    def run(self, units: Sequence[Unit], make_worker: MakeWorker) -> Iterator[CommitRecord]:
+    def run(self, units: Iterable[Unit], make_worker: MakeWorker) -> Iterator[CommitRecord]:
         """See `Executor.run`."""
         with self._connected():
             yield from self._run(units, make_worker)
 
-    def _run(self, units: Sequence[Unit], make_worker: MakeWorker) -> Iterator[CommitRecord]:
+    def _run(self, units: Iterable[Unit], make_worker: MakeWorker) -> Iterator[CommitRecord]:
         waiting = collections.deque(_Lease(unit) for unit in units)
-        starting = dict(self._start(make_worker) for _ in range(min(self._config.num_actors, len(units))))
+        starting = dict(self._start(make_worker) for _ in range(min(self._config.num_actors, len(waiting))))
         idle: list[Any] = []
         running: dict[Any, tuple[Any, _Lease]] = {}
         failed_starts = 0

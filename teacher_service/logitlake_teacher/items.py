@@ -1,0 +1,87 @@
+"""What a plan is made of: samples and pairs as token ids, and the units that they are captured in.
+
+The records cross process borders: arrays, strings and bytes only.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitlake_schemas import UnitError
+from logitlake_shared.data_formats import ImageRef
+
+__all__ = ["Item", "PlannedPair", "PlannedSample", "Unit"]
+
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """One conversation, rendered: what a `Conversation` says, in ids."""
+
+    sample_id: str
+    task: str
+    source: str
+    split: str
+    messages: list[dict[str, Any]]
+    prompt_ids: Int32
+    prompt_lengths: Int32
+    response_ids: Int32
+    response_lengths: Int32
+    images: tuple[ImageRef, ...]
+    image_sha256: tuple[str, ...]
+    problem: UnitError | None = None
+    """why it cannot be captured, where planning found that out; it becomes an error row of its unit"""
+
+    @property
+    def item_id(self) -> str:
+        """The id under which errors and duplicates are reported."""
+        return self.sample_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole sequence, an image counted as one."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class PlannedPair:
+    """One preference pair, rendered."""
+
+    pair_id: str
+    task: str
+    source: str
+    split: str
+    messages: list[dict[str, Any]]
+    prompt_ids: Int32
+    chosen_ids: Int32
+    rejected_ids: Int32
+    images: tuple[ImageRef, ...]
+    image_sha256: tuple[str, ...]
+    problem: UnitError | None = None
+    """why it cannot be captured, where planning found that out; it becomes an error row of its unit"""
+
+    @property
+    def item_id(self) -> str:
+        """The id under which errors and duplicates are reported."""
+        return self.pair_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the two sequences, an image counted as one."""
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+
+Item = PlannedSample | PlannedPair
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest piece of work: it is captured by one engine and commits itself as a whole."""
+
+    unit_id: str
+    """`<number>-<content digest>`"""
+    items: tuple[Item, ...]
+    """all samples or all pairs"""
