@@ -20,8 +20,8 @@ from logitlake_shared.rendering import Renderer
 from logitlake_teacher.config import CaptureConfig, InlineExecutorConfig, PairsConfig
 from logitlake_teacher.engines import EngineSetup, identify_engine
 from logitlake_teacher.executors import build_executor
-from logitlake_teacher.pairs import PAIRS_CODEC
 from logitlake_teacher.items import Unit
+from logitlake_teacher.pairs import PAIRS_CODEC
 from logitlake_teacher.planner import Plan, plan_pairs, plan_samples
 from logitlake_teacher.worker import CaptureJob, UnitWorker
 

@@ -8,8 +8,8 @@ from logitlake_shared.lake import Lake
 from logitlake_teacher.capture import capture_unit
 from logitlake_teacher.config import EngineConfig
 from logitlake_teacher.engines import EngineSetup, build_engine
-from logitlake_teacher.pairs import capture_pairs_unit
 from logitlake_teacher.items import Item, Unit
+from logitlake_teacher.pairs import capture_pairs_unit
 from logitlake_teacher.unit_work import load_images, requests_of
 
 __all__ = ["CaptureJob", "UnitWorker"]

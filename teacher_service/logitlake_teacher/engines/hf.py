@@ -319,9 +319,7 @@ def _load_model(setup: EngineSetup, sees_images: bool, config: HfEngineConfig, d
 def _split_rows(parts: list[Rows], lengths: list[int]) -> list[Rows]:
     """The rows of a batch, cut from chunks of the lm_head back into samples."""
     rows, cuts = concatenate(parts), np.cumsum(lengths)[:-1]
-    columns = [
-        [None] * len(lengths) if column is None else np.split(column, cuts) for column in vars(rows).values()
-    ]
+    columns = [[None] * len(lengths) if column is None else np.split(column, cuts) for column in vars(rows).values()]
     return [type(rows)(*own) for own in zip(*columns, strict=True)]
 
 
