@@ -149,7 +149,7 @@ class Engine(Protocol):
 def expand_request(
     request: ScoreRequest, image_token_id: int | None, tokens_per_image: Sequence[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """`(ids_S, is_response_S)` of the sequence that the teacher sees, `tokens_per_image[i]` placeholders for image i."""
+    """`(ids_S, is_response_S)` of what the teacher sees: `tokens_per_image[i]` placeholders for image i."""
     ids_S, is_response_S = interleave(
         request.prompt_ids, request.prompt_lengths, request.response_ids, request.response_lengths
     )

@@ -74,7 +74,7 @@ class FakeEngine:
         return np.stack([_log_softmax(logits_V) for logits_V in self._logits(request)])
 
     def _score_one(self, request: ScoreRequest) -> ScoredSample | SampleProblem:
-        config, setup = self._config, self._setup
+        config = self._config
         if request.sample_id in config.die_on:
             os._exit(1)
         if request.sample_id in config.hang_on:
