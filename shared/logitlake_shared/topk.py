@@ -160,8 +160,13 @@ def encode(rows: TeacherRows, policy: CodecPolicy) -> StoredRows:
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """The rows of several samples as one, in order. All have the same K (or number of draws)."""
     kind = type(parts[0])
-    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(kind)}
-    return kind(**{name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()})
+    columns: dict[str, list[Any]] = {
+        field.name: [getattr(part, field.name) for part in parts] for field in fields(kind)
+    }
+    joined: dict[str, Any] = {
+        name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()
+    }
+    return kind(**joined)
 
 
 def split(rows: StoredRows, lengths: Sequence[int]) -> list[StoredRows]:

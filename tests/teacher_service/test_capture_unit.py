@@ -159,7 +159,7 @@ def _too_much_mass(answer: ScoredSample) -> ScoredSample:
 
 
 def _row_missing(answer: ScoredSample) -> ScoredSample:
-    fewer = {name: value[:-1] for name, value in vars(answer.rows).items()}
+    fewer = {name: value[:-1] for name, value in vars(answer.rows).items() if value is not None}
     return replace(answer, rows=replace(answer.rows, **fewer))
 
 
