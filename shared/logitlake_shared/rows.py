@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from logitlake_schemas import IMAGE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, arrow_schema
+from logitlake_shared.arrow_lists import column_views, list_array
 from logitlake_shared.topk import StoredRows
 
 __all__ = [
@@ -160,17 +161,7 @@ def _origin(rows: Sequence[LakeSample] | Sequence[LakePair]) -> dict[str, list[A
 
 
 def _table(columns: dict[str, list[Any]], schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_arrays([_array(columns[field.name], field.type) for field in schema], schema=schema)
-
-
-def _array(values: list[Any], type_: pa.DataType) -> pa.Array:
-    """Numeric lists become one buffer and its offsets, without an object for each element."""
-    if not (pa.types.is_list(type_) and pa.types.is_primitive(type_.value_type)):
-        return pa.array(values, type_)
-    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    flat = np.concatenate(values) if values else np.empty(0)
-    flat = flat.astype(type_.value_type.to_pandas_dtype(), copy=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=type_)
+    return pa.Table.from_arrays([list_array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
 class _Views:
@@ -178,7 +169,7 @@ class _Views:
 
     def __init__(self, table: pa.Table) -> None:
         self._num_rows: int = table.num_rows
-        self._columns = {name: _column(table.column(name)) for name in table.schema.names}
+        self._columns = {name: column_views(table.column(name)) for name in table.schema.names}
         self.num_bytes: int = table.get_total_buffer_size()
 
     def __len__(self) -> int:
@@ -243,24 +234,3 @@ class PairViews(_Views):
             made_by=columns["made_by"][row],
             images=images,
         )
-
-
-class _ListViews:
-    """The lists of one column: slices of one flat array."""
-
-    def __init__(self, values: npt.NDArray[Any], offsets: list[int]) -> None:
-        self._values, self._offsets = values, offsets
-
-    def __getitem__(self, row: int) -> npt.NDArray[Any]:
-        return self._values[self._offsets[row] : self._offsets[row + 1]]
-
-
-def _column(column: pa.ChunkedArray) -> Any:
-    """Numeric lists as views of one buffer; everything else as Python objects."""
-    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # an empty table has no chunk to combine
-        return []
-    if not (pa.types.is_list(array.type) and pa.types.is_primitive(array.type.value_type)):
-        return array.to_pylist()
-    # `values` and not `flatten`: the offsets count from the beginning of the whole buffer.
-    return _ListViews(array.values.to_numpy(), array.offsets.to_pylist())
