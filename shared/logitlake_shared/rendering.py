@@ -60,30 +60,48 @@ class Renderer:
 
     def render(self, messages: Messages) -> Rendered:
         """The whole conversation. Raises `DataError` unless it ends with an assistant turn and turns alternate."""
-        prompts: list[list[int]] = []
-        responses: list[list[int]] = []
-        text_so_far = ""
-        for end, message in enumerate(messages):
-            if message["role"] != "assistant":
+        (rendered,) = self.render_batch([messages])
+        if isinstance(rendered, DataError):
+            raise rendered
+        return rendered
+
+    def render_batch(self, conversations: Sequence[Messages], *, open_end: bool = False) -> list[Rendered | DataError]:
+        """Many conversations, several times faster than one by one; for each its ids, or why there are none.
+
+        With `open_end` a conversation may end with a user turn: its last response is then empty, without EOS.
+        """
+        segments: list[list[tuple[str, str | None]] | DataError] = []
+        for messages in conversations:
+            try:
+                segments.append(self._segments(messages, open_end))
+            except DataError as error:
+                segments.append(error)
+        texts = [
+            text
+            for turns in segments
+            if not isinstance(turns, DataError)
+            for prompt, response in turns
+            for text in (prompt, response or "")
+        ]
+        ids = iter(self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+        rendered: list[Rendered | DataError] = []
+        for turns in segments:
+            if isinstance(turns, DataError):
+                rendered.append(turns)
                 continue
-            text = self._prompt_text(messages[:end])
-            if not text.startswith(text_so_far):
-                raise DataError(
-                    "the chat template does not write a finished assistant turn as its text and EOS, so that turn "
-                    f"{end} cannot follow; expected the prompt to begin with {text_so_far[-40:]!r}"
+            prompts, responses = [], []
+            for _, response in turns:
+                prompts.append(next(ids))
+                responses.append([*next(ids), *([] if response is None else [self.eos_id])])
+            rendered.append(
+                Rendered(
+                    prompt_ids=np.array([token for own in prompts for token in own], np.int32),
+                    prompt_lengths=np.array([len(own) for own in prompts], np.int32),
+                    response_ids=np.array([token for own in responses for token in own], np.int32),
+                    response_lengths=np.array([len(own) for own in responses], np.int32),
                 )
-            response = _text(message["content"])
-            prompts.append(self._ids(text.removeprefix(text_so_far)))
-            responses.append([*self._ids(response), self.eos_id])
-            text_so_far = text + response + str(self._tokenizer.eos_token)
-        if not responses or messages[-1]["role"] != "assistant":
-            raise DataError("the conversation does not end with an assistant turn; there is nothing to learn from it")
-        return Rendered(
-            prompt_ids=np.array([token for ids in prompts for token in ids], np.int32),
-            prompt_lengths=np.array([len(ids) for ids in prompts], np.int32),
-            response_ids=np.array([token for ids in responses for token in ids], np.int32),
-            response_lengths=np.array([len(ids) for ids in responses], np.int32),
-        )
+            )
+        return rendered
 
     def render_prompt(self, messages: Messages) -> Int32:
         """The ids of a conversation that waits for the assistant: history and generation prompt."""
@@ -114,6 +132,34 @@ class Renderer:
             eos_id=self.eos_id,
             image_token_id=self.image_token_id,
         )
+
+    def _segments(self, messages: Messages, open_end: bool) -> list[tuple[str, str | None]]:
+        """Prompt segment and response text of each assistant turn; None for a response that is still open."""
+        turns: list[tuple[str, str | None]] = []
+        text_so_far = ""
+        for end, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            text = self._continued(messages[:end], text_so_far)
+            response = _text(message["content"])
+            turns.append((text.removeprefix(text_so_far), response))
+            text_so_far = text + response + str(self._tokenizer.eos_token)
+        if not messages or messages[-1]["role"] != "assistant":
+            if not open_end:
+                raise DataError(
+                    "the conversation does not end with an assistant turn; there is nothing to learn from it"
+                )
+            turns.append((self._continued(messages, text_so_far).removeprefix(text_so_far), None))
+        return turns
+
+    def _continued(self, messages: Messages, text_so_far: str) -> str:
+        text = self._prompt_text(messages)
+        if not text.startswith(text_so_far):
+            raise DataError(
+                "the chat template does not write a finished assistant turn as its text and EOS, so that turn "
+                f"{len(messages)} cannot follow; expected the prompt to begin with {text_so_far[-40:]!r}"
+            )
+        return text
 
     def _prompt_text(self, messages: Messages) -> str:
         if not messages or messages[-1]["role"] != "user":
