@@ -9,6 +9,7 @@ an engine that cannot go on raises `EngineError`.
 The records carry numpy arrays and bytes only: they cross process borders.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
     "ScoredSample",
     "agree_label_ranks",
     "expand_request",
+    "seed_of",
     "too_long_problem",
 ]
 
@@ -107,7 +109,7 @@ class Sampling:
     """0 is greedy and wants `n` = 1"""
     top_p: float = 1.0
     seed: int = 0
-    """candidates depend on the seed and the request, not on its neighbours"""
+    """candidates depend on the seed and the request's id and prompt, not on its neighbours: see `seed_of`"""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,12 @@ def expand_request(
     if image_token_id is None or not tokens_per_image:
         return ids_S, is_response_S
     return expand_images(ids_S, is_response_S, image_token_id, tokens_per_image)
+
+
+def seed_of(sampling: Sampling, request: ScoreRequest) -> int:
+    """The seed of one request's candidates, 48 bits: no two requests of a call draw with the same random numbers."""
+    digest = hashlib.sha256(f"{sampling.seed}:{request.sample_id}".encode()).digest()
+    return int.from_bytes(digest[:6], "little")
 
 
 def agree_label_ranks(

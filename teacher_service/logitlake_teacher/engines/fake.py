@@ -29,6 +29,7 @@ from logitlake_teacher.engines.base import (
     ScoreRequest,
     agree_label_ranks,
     expand_request,
+    seed_of,
     too_long_problem,
 )
 from logitlake_teacher.engines.identity import FAKE_VERSION, identify_engine
@@ -53,13 +54,12 @@ class FakeEngine:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[ScoredSample | SampleProblem]:
         """See `Engine.score`."""
-        if self._config.die_after_calls is not None and self._num_calls >= self._config.die_after_calls:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self._num_calls += 1
+        self._count_call()
         return [self._score_one(request) for request in requests]
 
     def generate(self, requests: Sequence[ScoreRequest], sampling: Sampling) -> list[list[Generation] | SampleProblem]:
         """See `Engine.generate`. Candidates are drawn from the fake truth."""
+        self._count_call()
         return [self._generate_one(request, sampling) for request in requests]
 
     def describe(self) -> EngineIdentity:
@@ -73,14 +73,23 @@ class FakeEngine:
         """`logprobs_TV` float64: the whole distribution for each response token of the request."""
         return np.stack([_log_softmax(logits_V) for logits_V in self._logits(request)])
 
+    def _count_call(self) -> None:
+        if self._config.die_after_calls is not None and self._num_calls >= self._config.die_after_calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._num_calls += 1
+
+    def _misbehave(self, sample_id: str) -> None:
+        config = self._config
+        if sample_id in config.die_on:
+            os._exit(1)
+        if sample_id in config.hang_on:
+            threading.Event().wait()
+        if sample_id in config.raise_on:
+            raise EngineError(f"the fake teacher was told to fail on sample {sample_id!r}")
+
     def _score_one(self, request: ScoreRequest) -> ScoredSample | SampleProblem:
         config = self._config
-        if request.sample_id in config.die_on:
-            os._exit(1)
-        if request.sample_id in config.hang_on:
-            threading.Event().wait()
-        if request.sample_id in config.raise_on:
-            raise EngineError(f"the fake teacher was told to fail on sample {request.sample_id!r}")
+        self._misbehave(request.sample_id)
         ids_S, _ = self._expand(request)
         if len(ids_S) > config.context_length:
             return too_long_problem(request.sample_id, len(ids_S), config.context_length)
@@ -120,6 +129,7 @@ class FakeEngine:
         return draw.standard_normal(self._setup.vocab_size) * self._config.sharpness
 
     def _generate_one(self, request: ScoreRequest, sampling: Sampling) -> list[Generation] | SampleProblem:
+        self._misbehave(request.sample_id)
         ids_S, _ = self._expand(request)
         if len(ids_S) + sampling.max_new_tokens > self._config.context_length:
             length = len(ids_S) + sampling.max_new_tokens
@@ -131,7 +141,7 @@ class FakeEngine:
             self._continue(
                 prefix.copy(),
                 sampling,
-                np.random.default_rng([sampling.seed, index, *prefix.digest()[:8]]),
+                np.random.default_rng([seed_of(sampling, request), index, *prefix.digest()[:8]]),
                 len(ids_S),
             )
             for index in range(sampling.n)

@@ -8,7 +8,6 @@ logits, so that a model with soft-capping or logit scaling is refused instead of
 Axes: B batch, S sequence, R response rows, H hidden, V vocabulary, K captured entries.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from logitlake_teacher.engines.base import (
     ScoreRequest,
     agree_label_ranks,
     expand_request,
+    seed_of,
     too_long_problem,
 )
 from logitlake_teacher.engines.checkpoint import read_checkpoint
@@ -234,12 +234,11 @@ class HfEngine:
 
     @torch.inference_mode()
     def _generate_one(self, sequence: _Sequence, sampling: Sampling) -> list[Generation]:
-        """Candidates of one request, drawn from a generator seeded by the seed and the request's own ids.
+        """Candidates of one request, drawn from a generator of its own.
 
         What the teacher says of a candidate comes from scoring it: the same rows as for a given response.
         """
-        digest = hashlib.sha256(sequence.ids_S.tobytes()).digest()
-        torch.manual_seed(sampling.seed ^ int.from_bytes(digest[:7], "little"))
+        torch.manual_seed(seed_of(sampling, sequence.request))
         inputs: dict[str, Any] = {"input_ids": torch.from_numpy(sequence.ids_S)[None].to(self._device)}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if sequence.pixels_NCHW is not None:

@@ -32,6 +32,7 @@ from logitlake_teacher.engines.base import (
     ScoreRequest,
     agree_label_ranks,
     expand_request,
+    seed_of,
     too_long_problem,
 )
 from logitlake_teacher.engines.checkpoint import read_checkpoint
@@ -119,17 +120,20 @@ class VllmEngine:
         answers: list[list[Generation] | SampleProblem | None] = [
             problem if isinstance(problem, SampleProblem) else None for problem in problems
         ]
-        params = self._vllm.SamplingParams(
-            n=sampling.n,
-            max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed if sampling.temperature > 0 else None,
-            logprobs=self._setup.k,
-            flat_logprobs=True,
-            detokenize=False,
-            stop_token_ids=[self._setup.eos_id],
-        )
+        params = [
+            self._vllm.SamplingParams(
+                n=sampling.n,
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=seed_of(sampling, prompt.request) if sampling.temperature > 0 else None,
+                logprobs=self._setup.k,
+                flat_logprobs=True,
+                detokenize=False,
+                stop_token_ids=[self._setup.eos_id],
+            )
+            for prompt in prompts
+        ]
         for prompt, output in zip(prompts, self._run(prompts, params), strict=True):
             answers[prompt.index] = [self._candidate(prompt, candidate) for candidate in output.outputs]
         return [answer for answer in answers if answer is not None]
