@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
+from tests.tiny_models import save_tiny_llava, save_tiny_qwen_vl
 
 from logitlake_schemas import (
     CaptureSpec,
@@ -168,111 +168,20 @@ def png() -> Callable[[int], bytes]:
     return make_png
 
 
-_TINY_CORPUS = (
-    "what is in the picture?",
-    "a red seven and a blue two",
-    "how many digits are there? three",
-    "yes no none",
-)
-_TINY_TEMPLATE = (
-    "{%- for message in messages -%}{{- '<' + message['role'] + '>' -}}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{{- '<image>' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}{%- if message['role'] == 'assistant' -%}{{- '<end>' -}}{%- endif -%}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
-)
-_TINY_SPECIAL = ("<pad>", "<end>", "<image>", "<system>", "<user>", "<assistant>")
-
-
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random LLaVA (CLIP tower, Qwen3, 16 tokens an image, 256 positions), stock in every respect."""
     folder = tmp_path_factory.mktemp("models") / "tiny-teacher"
-    tokenizer = _tiny_tokenizer()
-    _save_tiny_processor(tokenizer, folder)
-    _save_tiny_llava(tokenizer, folder)
+    save_tiny_llava(folder)
     return folder
 
 
-def _tiny_tokenizer() -> Any:
-    """A byte-level BPE of about 300 tokens, so that any text is representable."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        _TINY_CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=300, special_tokens=list(_TINY_SPECIAL), initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token="<pad>",
-        eos_token="<end>",
-        additional_special_tokens=list(_TINY_SPECIAL[2:]),
-        chat_template=_TINY_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=256,
-    )
-
-
-def _save_tiny_processor(tokenizer: Any, folder: Path) -> None:
-    from transformers import CLIPImageProcessor, LlavaProcessor
-
-    side = {"height": 32, "width": 32}
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size=side, crop_size=side, do_center_crop=False),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-        chat_template=_TINY_TEMPLATE,
-    )
-    processor.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)
-
-
-def _save_tiny_llava(tokenizer: Any, folder: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen3Config
-
-    text = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,  # the smallest that vLLM's CPU attention takes
-        max_position_embeddings=256,
-        initializer_range=0.15,  # wide, so that the random teacher has opinions
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        architectures=["Qwen3ForCausalLM"],
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    config = LlavaConfig(
-        text_config=text, vision_config=vision, image_token_id=tokenizer.convert_tokens_to_ids("<image>")
-    )
-    torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).float().save_pretrained(folder)
-    # transformers 5 leaves `vision_model.` out of a fresh checkpoint's names; released ones, and vLLM, have it.
-    weights = load_file(folder / "model.safetensors")
-    renamed = {
-        name.replace("vision_tower.", "vision_tower.vision_model.") if "vision_model" not in name else name: tensor
-        for name, tensor in weights.items()
-    }
-    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+@pytest.fixture(scope="session")
+def tiny_qwen_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random Qwen3-VL (a token for each 8x8 pixels, 4 to 32 an image, 256 positions), stock too."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-qwen-vl"
+    save_tiny_qwen_vl(folder)
+    return folder
 
 
 @dataclass(frozen=True)
