@@ -10,13 +10,18 @@ __all__ = ["column_views", "list_array"]
 
 
 def list_array(values: list[Any], type_: pa.DataType) -> pa.Array:
-    """`values` as an Arrow array; numeric lists become one buffer and its offsets, without an object an element."""
+    """`values` as an Arrow array; numeric lists become one buffer and its offsets, without an object an element.
+
+    None is a null list.
+    """
     if not (pa.types.is_list(type_) and pa.types.is_primitive(type_.value_type)):
         return pa.array(values, type_)
-    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    flat = np.concatenate(values) if values else np.empty(0)
+    there = [value for value in values if value is not None]
+    missing = None if len(there) == len(values) else pa.array([value is None for value in values])
+    offsets = np.cumsum([0, *(0 if value is None else len(value) for value in values)], dtype=np.int32)
+    flat = np.concatenate(there) if there else np.empty(0)
     flat = flat.astype(type_.value_type.to_pandas_dtype(), copy=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=type_)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=type_, mask=missing)
 
 
 def column_views(column: pa.ChunkedArray) -> Any:
@@ -27,14 +32,15 @@ def column_views(column: pa.ChunkedArray) -> Any:
     if not (pa.types.is_list(array.type) and pa.types.is_primitive(array.type.value_type)):
         return array.to_pylist()
     # `values` and not `flatten`: the offsets count from the beginning of the whole buffer.
-    return _ListViews(array.values.to_numpy(), array.offsets.to_pylist())
+    missing = frozenset(np.flatnonzero(array.is_null()).tolist()) if array.null_count else frozenset()
+    return _ListViews(array.values.to_numpy(), array.offsets.to_pylist(), missing)
 
 
 class _ListViews:
-    """The lists of one column: slices of one flat array."""
+    """The lists of one column: slices of one flat array, None where the row has no list."""
 
-    def __init__(self, values: npt.NDArray[Any], offsets: list[int]) -> None:
-        self._values, self._offsets = values, offsets
+    def __init__(self, values: npt.NDArray[Any], offsets: list[int], missing: frozenset[int]) -> None:
+        self._values, self._offsets, self._missing = values, offsets, missing
 
-    def __getitem__(self, row: int) -> npt.NDArray[Any]:
-        return self._values[self._offsets[row] : self._offsets[row + 1]]
+    def __getitem__(self, row: int) -> npt.NDArray[Any] | None:
+        return None if row in self._missing else self._values[self._offsets[row] : self._offsets[row + 1]]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from logitlake_schemas import IMAGE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, arrow_schema
+from logitlake_schemas import IMAGE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TAIL_COLUMNS, arrow_schema
 from logitlake_shared.arrow_lists import column_views, list_array
 from logitlake_shared.topk import StoredRows
 
@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
 Messages = list[dict[str, Any]]
 
 
@@ -54,6 +55,8 @@ class LakeSample:
     rows: StoredRows
     finish_reason: str
     images: tuple[bytes, ...] = ()
+    label_logprob_no_image_T: Float32 | None = None
+    """the teacher's logprob of each response token with the images left out; the visual advantage is what it lost"""
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,17 @@ class LakePair:
     image_sha256: tuple[str, ...]
     chosen_ids: Int32
     rejected_ids: Int32
-    chosen_logprobs: npt.NDArray[np.float32]
-    rejected_logprobs: npt.NDArray[np.float32]
+    chosen_logprobs: Float32
+    rejected_logprobs: Float32
     made_by: str
+    """`dataset`, or compact JSON that says how the pair was made"""
     images: tuple[bytes, ...] = ()
+    chosen_logprobs_no_image: Float32 | None = None
+    """with the images left out"""
+    rejected_logprobs_no_image: Float32 | None = None
+    chosen_rating: float | None = None
+    """the score by which this response was chosen, as `made_by` says; float32"""
+    rejected_rating: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +112,10 @@ def samples_to_table(samples: Sequence[LakeSample]) -> pa.Table:
         "topk_ids": [row.topk_ids for row in rows],
         "topk_logprobs": [row.topk_logprobs for row in rows],
         "label_logprob": [row.label_logprob_T for row in rows],
+        "label_logprob_no_image": [sample.label_logprob_no_image_T for sample in samples],
         "label_rank": [row.label_rank_T for row in rows],
         "log_tail_mass": [row.log_tail_mass_T for row in rows],
+        **{name: [row.log_tails_T.get(temperature) for row in rows] for temperature, name in TAIL_COLUMNS.items()},
         "entropy": [row.entropy_T for row in rows],
         "finish_reason": [sample.finish_reason for sample in samples],
     }
@@ -127,6 +139,7 @@ def pairs_to_table(pairs: Sequence[LakePair]) -> pa.Table:
         "rejected_ids": [pair.rejected_ids for pair in pairs],
         "chosen_logprobs": [pair.chosen_logprobs for pair in pairs],
         "rejected_logprobs": [pair.rejected_logprobs for pair in pairs],
+        **{name: [getattr(pair, name) for pair in pairs] for name in _OPTIONAL_OF_PAIRS},
         "chosen_score": [float(pair.chosen_logprobs.sum(dtype=np.float64)) for pair in pairs],
         "rejected_score": [float(pair.rejected_logprobs.sum(dtype=np.float64)) for pair in pairs],
         "made_by": [pair.made_by for pair in pairs],
@@ -149,6 +162,9 @@ def images_to_table(images: Sequence[LakeImage]) -> pa.Table:
 def images_from_table(table: pa.Table) -> list[LakeImage]:
     """The inverse of `images_to_table`."""
     return [LakeImage(**record) for record in table.to_pylist()]
+
+
+_OPTIONAL_OF_PAIRS = tuple(column.name for column in PAIR_COLUMNS if column.nullable)
 
 
 def _origin(rows: Sequence[LakeSample] | Sequence[LakePair]) -> dict[str, list[Any]]:
@@ -207,9 +223,15 @@ class SampleViews(_Views):
                 label_rank_T=columns["label_rank"][row],
                 log_tail_mass_T=columns["log_tail_mass"][row],
                 entropy_T=columns["entropy"][row],
+                log_tails_T={
+                    temperature: columns[name][row]
+                    for temperature, name in TAIL_COLUMNS.items()
+                    if columns[name][row] is not None
+                },
             ),
             finish_reason=columns["finish_reason"][row],
             images=images,
+            label_logprob_no_image_T=columns["label_logprob_no_image"][row],
         )
 
 
@@ -233,4 +255,5 @@ class PairViews(_Views):
             rejected_logprobs=columns["rejected_logprobs"][row],
             made_by=columns["made_by"][row],
             images=images,
+            **{name: columns[name][row] for name in _OPTIONAL_OF_PAIRS},
         )

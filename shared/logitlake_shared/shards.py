@@ -4,7 +4,8 @@ A shard is written by pyarrow (DuckDB's writer makes it a sixth larger): zstd le
 `logitlake_schemas.columns` declares it, page checksums, a page index, and row groups of one or two megabytes whatever
 the length of the answers, so that one sample can be read without its shard. The footer repeats what is needed to
 read a shard alone: format version, kind, cache, unit, spec fingerprint and what storing cost. The same rows give the
-same bytes. Reading verifies every page's checksum: without that, pyarrow and DuckDB return wrong values in silence
+same bytes. A nullable column without any value is left out of the file, and is nulls again when it is read. Reading
+verifies every page's checksum: without that, pyarrow and DuckDB return wrong values in silence
 for nine of ten flipped bits.
 """
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from logitlake_schemas import COLUMNS, FORMAT_VERSION, Column, ShardEntry, ShardKind, StoredError
+from logitlake_schemas import COLUMNS, FORMAT_VERSION, Column, ShardEntry, ShardKind, StoredError, arrow_schema
 from logitlake_shared.errors import LakeCorruptError, LakeError, LakeFormatError
 
 __all__ = [
@@ -63,6 +64,8 @@ def write_shard(
     stored_error: StoredError | None = None,
 ) -> bytes:
     """The Parquet bytes of `table` with the footer of a shard. `exact` says that its logprobs are not on the grid."""
+    columns = [column for column in COLUMNS[kind] if not column.nullable or _has_a_value(table.column(column.name))]
+    table = table.select([column.name for column in columns])
     footer = {
         "format_version": str(FORMAT_VERSION),
         "kind": kind,
@@ -72,7 +75,7 @@ def write_shard(
     }
     if stored_error is not None:
         footer["stored_error"] = stored_error.model_dump_json()
-    encodings = {_path(column): _encoding(column, exact) for column in COLUMNS[kind]}
+    encodings = {_path(column): _encoding(column, exact) for column in columns}
     sink = pa.BufferOutputStream()
     writer = pq.ParquetWriter(
         sink,
@@ -118,16 +121,36 @@ class Shard:
         self.group_rows: tuple[int, ...] = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         """rows of each row group"""
         check_format_version(self.footer.get("format_version", "none"), where)
+        self._schema = _declared_schema(self.footer.get("kind", "none"), where)
+        self._stored = frozenset(self._file.schema_arrow.names)
 
     def read(self, columns: Sequence[str] | None = None, group: int | None = None) -> pa.Table:
-        """All rows, or those of one row group, on the calling thread. Raises `LakeCorruptError`."""
-        wanted = None if columns is None else list(columns)
+        """All rows, or those of one row group, on the calling thread. Raises `LakeCorruptError`, `LakeFormatError`.
+
+        The table has the declared columns, or those of `columns` in that order; a nullable one that the file does not
+        hold is nulls.
+        """
+        names = self._schema.names if columns is None else list(columns)
+        stored = [name for name in names if name in self._stored]
         try:
             if group is None:
-                return self._file.read(columns=wanted, use_threads=False)
-            return self._file.read_row_group(group, columns=wanted, use_threads=False)
+                table = self._file.read(columns=stored, use_threads=False)
+            else:
+                table = self._file.read_row_group(group, columns=stored, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise read_error(self._where, error) from error
+        return table if table.schema.names == names else self._completed(table, names)
+
+    def _completed(self, table: pa.Table, names: Sequence[str]) -> pa.Table:
+        fields = [self._schema.field(name) for name in names]
+        missing = [field.name for field in fields if field.name not in self._stored and not field.nullable]
+        if missing:
+            raise LakeFormatError(f"{self._where}: columns {', '.join(missing)} are missing; run `logitlake verify`")
+        arrays = [
+            table.column(field.name) if field.name in self._stored else pa.nulls(table.num_rows, field.type)
+            for field in fields
+        ]
+        return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
     def index(self) -> pa.Table:
         """What a shard of samples or pairs holds, one row a row of it, from a read of its smallest columns.
@@ -204,6 +227,19 @@ def check_format_version(version: str, where: str) -> None:
 def _footer(metadata: Any) -> dict[str, str]:
     pairs = {key.decode(): value.decode() for key, value in (metadata.metadata or {}).items()}
     return {key.removeprefix(FOOTER_PREFIX): value for key, value in pairs.items() if key.startswith(FOOTER_PREFIX)}
+
+
+def _declared_schema(kind: str, where: str) -> pa.Schema:
+    columns = {name: columns for name, columns in COLUMNS.items() if name == kind}
+    if not columns:
+        raise LakeFormatError(
+            f"{where}: a shard of {kind}, expected one of {', '.join(COLUMNS)}; run `logitlake verify`"
+        )
+    return arrow_schema(columns.popitem()[1])
+
+
+def _has_a_value(column: pa.ChunkedArray) -> bool:
+    return bool(column.null_count < len(column))
 
 
 def _path(column: Column) -> str:

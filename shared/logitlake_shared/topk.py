@@ -11,8 +11,8 @@ for improbable tokens: probable tokens are held to a thousandth of a nat, improb
 is spread evenly. What it costs is measured on every unit, not assumed (`stored_error`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from logitlake_schemas import Codec, CodecPolicy, SampledPolicy, StoredError
+from logitlake_schemas import Codec, CodecPolicy, SampledPolicy, StoredError, Temperature
 from logitlake_shared.errors import EngineError
 
 __all__ = [
@@ -93,6 +93,8 @@ class StoredRows:
     label_rank_T: Int32
     log_tail_mass_T: Float32
     entropy_T: Float32
+    log_tails_T: Mapping[Temperature, Float32] = field(default_factory=dict)
+    """log tail mass of softmax(logits / temperature) at each other temperature that was captured"""
 
 
 def check_rows(rows: TeacherRows, vocab_size: int) -> None:
@@ -161,7 +163,7 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     """The rows of several samples as one, in order. All have the same K (or number of draws)."""
     kind = type(parts[0])
     columns: dict[str, list[Any]] = {
-        field.name: [getattr(part, field.name) for part in parts] for field in fields(kind)
+        column.name: [getattr(part, column.name) for part in parts] for column in fields(kind)
     }
     joined: dict[str, Any] = {
         name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()
@@ -183,6 +185,7 @@ def split(rows: StoredRows, lengths: Sequence[int]) -> list[StoredRows]:
             label_rank_T=rows.label_rank_T[start:stop],
             log_tail_mass_T=rows.log_tail_mass_T[start:stop],
             entropy_T=rows.entropy_T[start:stop],
+            log_tails_T={temperature: tails_T[start:stop] for temperature, tails_T in rows.log_tails_T.items()},
         )
         for (start, stop), (first, last) in zip(pairwise(tokens), pairwise(entries), strict=True)
     ]

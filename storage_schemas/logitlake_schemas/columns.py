@@ -2,7 +2,8 @@
 
 From this declaration come the Arrow schema of the shards, their encodings, the SQL views, the checks on what is read,
 and the table in `docs/format.md`; golden shards pin it. Adding a nullable column keeps the format version, anything
-else raises it.
+else raises it. A shard leaves out a nullable column of which it holds no value, so that a shard from before the column
+is like one of a capture that does not use it; readers give nulls for both.
 
 Grain says what one value stands for: the row, one response token, or one cached entry of a token's top-k. Lists of
 grain `token` have one element for each response token, in order; lists of grain `topk` are the tokens' entries one
@@ -15,9 +16,19 @@ from typing import Literal
 
 import pyarrow as pa
 
-from logitlake_schemas.records import ShardKind
+from logitlake_schemas.records import ShardKind, Temperature
 
-__all__ = ["COLUMNS", "IMAGE_COLUMNS", "PAIR_COLUMNS", "SAMPLE_COLUMNS", "Column", "Encoding", "Grain", "arrow_schema"]
+__all__ = [
+    "COLUMNS",
+    "IMAGE_COLUMNS",
+    "PAIR_COLUMNS",
+    "SAMPLE_COLUMNS",
+    "TAIL_COLUMNS",
+    "Column",
+    "Encoding",
+    "Grain",
+    "arrow_schema",
+]
 
 Grain = Literal["row", "token", "topk"]
 Encoding = Literal["dictionary", "plain", "split"]
@@ -55,6 +66,9 @@ _ORIGIN = (
     ),
 )
 
+TAIL_COLUMNS: dict[Temperature, str] = {2: "log_tail_mass_t2", 4: "log_tail_mass_t4"}
+"""Where the log tail mass at each temperature beside 1 is stored."""
+
 SAMPLE_COLUMNS: tuple[Column, ...] = (
     Column("sample_id", pa.string(), "row", "unique in the cache", encoding="plain"),
     *_ORIGIN,
@@ -91,6 +105,14 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
         "teacher logprob of the response token",
         encoding="split",
     ),
+    Column(
+        "label_logprob_no_image",
+        _list(pa.float32()),
+        "token",
+        "the same with the images left out of the prompt; null where there are none or nobody asked",
+        nullable=True,
+        encoding="split",
+    ),
     Column("label_rank", _list(pa.int32()), "token", "rank of the response token, 1 = the teacher's first choice"),
     Column(
         "log_tail_mass",
@@ -98,6 +120,17 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
         "token",
         "log of the probability outside the cached entries; -inf for none",
         encoding="split",
+    ),
+    *(
+        Column(
+            name,
+            _list(pa.float32()),
+            "token",
+            f"the same of softmax(logits / {temperature}); null where it was not captured",
+            nullable=True,
+            encoding="split",
+        )
+        for temperature, name in TAIL_COLUMNS.items()
     ),
     Column(
         "entropy",
@@ -135,9 +168,31 @@ PAIR_COLUMNS: tuple[Column, ...] = (
         "teacher logprob of each rejected token",
         encoding="split",
     ),
+    *(
+        Column(
+            f"{side}_logprobs_no_image",
+            _list(pa.float32()),
+            "row",
+            f"`{side}_logprobs` with the images left out; null where there are none or nobody asked",
+            nullable=True,
+            encoding="split",
+        )
+        for side in ("chosen", "rejected")
+    ),
     Column("chosen_score", pa.float32(), "row", "sum of `chosen_logprobs`", encoding="split"),
     Column("rejected_score", pa.float32(), "row", "sum of `rejected_logprobs`", encoding="split"),
-    Column("made_by", pa.string(), "row", "how the pair came to be, e.g. `dataset`"),
+    *(
+        Column(
+            f"{side}_rating",
+            pa.float32(),
+            "row",
+            f"the score by which this response was {side}, as `made_by` says; null for pairs of a dataset",
+            nullable=True,
+            encoding="split",
+        )
+        for side in ("chosen", "rejected")
+    ),
+    Column("made_by", pa.string(), "row", "`dataset`, or compact JSON that says how the pair was made"),
 )
 
 IMAGE_COLUMNS: tuple[Column, ...] = (

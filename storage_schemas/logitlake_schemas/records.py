@@ -1,32 +1,50 @@
 """The JSON documents of a lake as strict, frozen pydantic models.
 
 Unknown keys are errors: a document from a newer format is refused, never half understood. No document holds a time
-or a host name, so that the same capture writes the same bytes wherever and whenever it runs.
+or a host name, so that the same capture writes the same bytes wherever and whenever it runs. A field that was added
+after the first release is left out of a document where it has its default, so that a document that does not use it
+keeps its bytes and its fingerprint.
 """
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from logitlake_schemas.fingerprint import canonical_json, fingerprint
 
 __all__ = [
+    "ADDED_LATER",
     "FORMAT_VERSION",
     "CacheKind",
+    "CaptureMode",
     "CaptureSpec",
     "Codec",
     "CodecPolicy",
     "CommitRecord",
     "DatasetIdentity",
     "EngineIdentity",
+    "GenerateMode",
+    "GrownRecord",
     "LakeManifest",
     "QuarantineRecord",
     "Record",
     "SampledPolicy",
+    "ScoreMode",
     "ShardEntry",
     "ShardKind",
     "Snapshot",
     "StoredError",
+    "Temperature",
     "TokenizerIdentity",
     "UnitError",
 ]
@@ -35,6 +53,7 @@ FORMAT_VERSION = 1
 
 CacheKind = Literal["samples", "pairs"]
 ShardKind = Literal["samples", "pairs", "images"]
+Temperature = Literal[2, 4]
 
 
 class Record(BaseModel):
@@ -44,7 +63,32 @@ class Record(BaseModel):
 
     def to_bytes(self) -> bytes:
         """The canonical JSON of the document, with a final newline."""
-        return canonical_json(self.model_dump(mode="json")) + b"\n"
+        return canonical_json(self.document()) + b"\n"
+
+    def document(self) -> dict[str, Any]:
+        """The document as plain JSON types: what is written and fingerprinted."""
+        return self.model_dump(mode="json", context=_AS_DOCUMENT)
+
+
+_AS_DOCUMENT = {"document": True}
+ADDED_LATER = "added later"
+"""Marks a field of a `GrownRecord` that the first release did not have: `Annotated[int, ADDED_LATER] = 0`."""
+
+
+class GrownRecord(Record):
+    """A record with fields that were added later. (Not every record: a snapshot of thousands is written in C.)"""
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        document: dict[str, Any] = handler(self)
+        if info.context != _AS_DOCUMENT:
+            return document
+        unused = {
+            name
+            for name, field in type(self).model_fields.items()
+            if ADDED_LATER in field.metadata and getattr(self, name) == field.get_default(call_default_factory=True)
+        }
+        return {name: value for name, value in document.items() if name not in unused}
 
 
 class LakeManifest(Record):
@@ -89,7 +133,7 @@ class EngineIdentity(Record):
     """engine options that can move the numbers"""
 
 
-class CodecPolicy(Record):
+class CodecPolicy(GrownRecord):
     """The default codec: the most probable entries of a token, how many of them, and how exactly."""
 
     type: Literal["topk"] = "topk"
@@ -103,11 +147,15 @@ class CodecPolicy(Record):
     """`companded256` snaps logprobs to 256 levels, uniform in sqrt(p); `exact` keeps float32"""
     max_mean_kl: float = Field(default=2e-4, gt=0)
     """a shard whose mean KL(captured‖stored), in nats, is above this budget is refused"""
+    temperatures: Annotated[tuple[Temperature, ...], ADDED_LATER] = ()
+    """temperatures beside 1 at which the tail mass is stored too, for a loss at them: 2, 4 or both"""
 
     @model_validator(mode="after")
     def _bounds_agree(self) -> Self:
         if self.k_min > self.k_max:
             raise ValueError(f"k_min must be at most k_max, got k_min={self.k_min} and k_max={self.k_max}")
+        if list(self.temperatures) != sorted(set(self.temperatures)):
+            raise ValueError(f"temperatures must rise, each named once, got {list(self.temperatures)}")
         return self
 
 
@@ -130,6 +178,10 @@ def _codec_type(value: Any) -> str:
     return str(value.get("type", "topk") if isinstance(value, dict) else value.type)
 
 
+def _mode_type(value: Any) -> str:
+    return str(value.get("type", "score") if isinstance(value, dict) else value.type)
+
+
 Codec = Annotated[
     Annotated[CodecPolicy, Tag("topk")] | Annotated[SampledPolicy, Tag("sampled")], Discriminator(_codec_type)
 ]
@@ -147,7 +199,36 @@ class DatasetIdentity(Record):
     """token budget of a unit"""
 
 
-class CaptureSpec(Record):
+class ScoreMode(Record):
+    """The responses are given; the teacher says what it thinks of them."""
+
+    type: Literal["score"] = "score"
+
+
+class GenerateMode(Record):
+    """The teacher writes the last answer itself, and says what it thought of every token as it wrote it.
+
+    What it says is its own distribution at T = 1, whatever the tokens were drawn with.
+    """
+
+    type: Literal["generate"]
+    max_new_tokens: int = Field(default=256, gt=0)
+    """longest answer, EOS included; one that is longer is stored as far as it went, with finish_reason `length`"""
+    temperature: float = Field(default=0.0, ge=0)
+    """of the drawing; 0 takes the most probable token"""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """draws from the fewest tokens whose probability reaches this"""
+    seed: int = Field(default=0, ge=0)
+    """another seed is another answer, where `temperature` is above 0"""
+
+
+CaptureMode = Annotated[
+    Annotated[ScoreMode, Tag("score")] | Annotated[GenerateMode, Tag("generate")], Discriminator(_mode_type)
+]
+"""Whose responses are captured; `type` says which, `score` where it is not given."""
+
+
+class CaptureSpec(GrownRecord):
     """`spec.json`: everything that determines the content of a cache. Its fingerprint is the cache's identity."""
 
     format_version: int = FORMAT_VERSION
@@ -156,11 +237,14 @@ class CaptureSpec(Record):
     engine: EngineIdentity
     codec: Codec
     dataset: DatasetIdentity
+    mode: Annotated[CaptureMode, ADDED_LATER] = ScoreMode()
+    no_image_pass: Annotated[bool, ADDED_LATER] = False
+    """whether responses to images were scored once more with the images left out"""
 
     @property
     def fingerprint(self) -> str:
         """sha256 over the canonical JSON of the spec."""
-        return fingerprint(self.model_dump(mode="json"))
+        return fingerprint(self.document())
 
 
 class ShardEntry(Record):

@@ -151,7 +151,10 @@ def fill_pairs(cache: Cache) -> None:
 
 
 def values(lake: Lake) -> dict[str, Any]:
-    """Every column of every row of the newest snapshots, and the fingerprints. -inf is the string "-inf"."""
+    """Every column of every row of the newest snapshots, and the fingerprints. -inf is the string "-inf".
+
+    A nullable column is named where it has a value: a row says the same whatever columns came to the format after it.
+    """
     said: dict[str, Any] = {}
     for name in lake.cache_names():
         cache = lake.cache(name)
@@ -165,7 +168,7 @@ def values(lake: Lake) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, bytes):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -15,10 +16,13 @@ from logitlake_schemas import (
     CaptureSpec,
     CodecPolicy,
     Column,
+    GenerateMode,
+    ScoreMode,
     arrow_schema,
     canonical_json,
     layout,
 )
+from logitlake_schemas.records import ADDED_LATER, GrownRecord, Record
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "columns-format-1.json"
 
@@ -26,7 +30,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "columns-format-1.json"
 def test_columns_of_format_1_are_the_golden_ones() -> None:
     """A change of a column's name, type, order or nullability is a change of the format and must be deliberate.
 
-    Remake (only together with FORMAT_VERSION): print the document below into the golden file.
+    Remake (only together with FORMAT_VERSION, or to add a nullable column): print the document below into the file.
     """
     declared = {
         kind: [[column.name, str(column.type), column.grain, column.nullable] for column in columns]
@@ -63,6 +67,55 @@ def test_fingerprint_changes_with_every_part(capture_spec: CaptureSpec) -> None:
     assert len(fingerprints) == len(others)
     assert capture_spec.fingerprint not in fingerprints
     assert CaptureSpec.model_validate_json(capture_spec.to_bytes()).fingerprint == capture_spec.fingerprint
+
+
+def test_a_field_that_was_added_later_changes_nothing_until_it_is_used(capture_spec: CaptureSpec) -> None:
+    """A spec that does not use it has the bytes of a release that does not know it, nested records included."""
+    document = json.loads(capture_spec.to_bytes())
+    assert "temperatures" not in document["codec"]
+    assert not {"mode", "no_image_pass"} & document.keys()
+    said = capture_spec.model_copy(
+        update={"mode": ScoreMode(), "no_image_pass": False, "codec": CodecPolicy(k_max=8, k_min=2, temperatures=())}
+    )
+    assert said.to_bytes() == capture_spec.to_bytes()
+    assert said.fingerprint == capture_spec.fingerprint
+    # Where nobody counts bytes, every field is shown.
+    assert capture_spec.model_dump(mode="json")["codec"]["temperatures"] == []
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        {"mode": GenerateMode(type="generate", max_new_tokens=8)},
+        {"no_image_pass": True},
+        {"codec": CodecPolicy(k_max=8, k_min=2, temperatures=(2, 4))},
+    ],
+)
+def test_a_field_that_was_added_later_is_written_once_it_is_used(
+    capture_spec: CaptureSpec, used: dict[str, Any]
+) -> None:
+    """Used, it is part of the identity and survives the document."""
+    spec = capture_spec.model_copy(update=used)
+    assert spec.fingerprint != capture_spec.fingerprint
+    assert CaptureSpec.model_validate_json(spec.to_bytes()) == spec
+
+
+@pytest.mark.parametrize("record", [Record, *Record.__subclasses__(), *GrownRecord.__subclasses__()])
+def test_only_records_that_leave_them_out_have_fields_that_were_added_later(record: type[Record]) -> None:
+    """The mark does nothing on another record, and a field without a default cannot be left out."""
+    for name, field in record.model_fields.items():
+        if ADDED_LATER in field.metadata:
+            assert issubclass(record, GrownRecord), name
+            assert not field.is_required(), name
+
+
+def test_temperatures_have_one_spelling() -> None:
+    """The same temperatures are the same spec: rising, each once."""
+    for wrong in ((4, 2), (2, 2)):
+        with pytest.raises(ValidationError, match="temperatures must rise"):
+            CodecPolicy(temperatures=wrong)
+    with pytest.raises(ValidationError, match="temperatures"):
+        CodecPolicy.model_validate({"temperatures": [3]})
 
 
 def test_records_refuse_unknown_keys(capture_spec: CaptureSpec) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from logitlake_schemas import COLUMNS, SAMPLE_COLUMNS, ShardKind, arrow_schema
@@ -36,6 +37,8 @@ _BATCH_TOKENS = 131_072
 _NAME = pa.dictionary(pa.int32(), pa.string())
 _CACHE = pa.field("cache", _NAME, nullable=False)
 _OWNER = ("sample_id", "task", "source", "split")
+_DECLARED = {column.name: column for column in SAMPLE_COLUMNS}
+_ADVANTAGE = ("label_logprob", "label_logprob_no_image")
 # What the unnested columns are called.
 _SINGULAR = {"response_ids": "token_id", "topk_ids": "token_id", "topk_logprobs": "logprob"}
 
@@ -87,10 +90,7 @@ class RowScan(ds.InMemoryDataset):  # type: ignore[misc]
     def _rows(self, cache: str, stored: pa.Table, columns: Sequence[str]) -> pa.Table:
         """Rows of the view from rows of a shard, `columns` of them."""
         return _select(
-            {
-                name: _repeated(cache, stored.num_rows) if name == "cache" else _column(stored, name, self._schema)
-                for name in columns
-            },
+            {name: _repeated(cache, stored.num_rows) if name == "cache" else _column(stored, name) for name in columns},
             columns,
             self._schema,
         )
@@ -144,22 +144,30 @@ class RowScan(ds.InMemoryDataset):  # type: ignore[misc]
 
 
 class TokenScan(RowScan):
-    """One row a response token of every sample: the columns of grain `token`, and whose token it is."""
+    """One row a response token of every sample: the columns of grain `token`, and whose token it is.
+
+    `visual_advantage` is computed: what the label's logprob loses in nats when the images are left out.
+    """
 
     def _make_schema(self) -> pa.Schema:
-        return _flat_schema("token", [pa.field("position", pa.int32(), nullable=False)])
+        schema = _flat_schema("token", [pa.field("position", pa.int32(), nullable=False)])
+        return schema.append(pa.field("visual_advantage", pa.float32()))
 
     def _stored_columns(self, columns: Sequence[str]) -> list[str]:
-        stored = [name for name in _names("token") if _SINGULAR.get(name, name) in columns]
+        wanted = [*columns, *(_ADVANTAGE if "visual_advantage" in columns else ())]
+        stored = [name for name in _names("token") if _SINGULAR.get(name, name) in wanted]
         # Some list says how many tokens each sample has; the ranks are the smallest.
-        return [*(name for name in _OWNER if name in columns), *(stored or ["label_rank"])]
+        counted = [] if any(not _DECLARED[name].nullable for name in stored) else ["label_rank"]
+        return [*(name for name in _OWNER if name in columns), *stored, *counted]
 
     def _rows(self, cache: str, stored: pa.Table, columns: Sequence[str]) -> pa.Table:
-        lists = {name: _column(stored, name, _STORED) for name in _names("token") if name in stored.schema.names}
-        lengths = _lengths(next(values for values in lists.values() if not values.null_count))
+        lists = {name: _column(stored, name) for name in _names("token") if name in stored.schema.names}
+        lengths = _lengths(next(values for name, values in lists.items() if not _DECLARED[name].nullable))
         made = {_SINGULAR.get(name, name): flatten_lists(values, lengths) for name, values in lists.items()}
         if "position" in columns:
             made["position"] = _positions(lengths)
+        if "visual_advantage" in columns:
+            made["visual_advantage"] = pc.subtract(*(made[name] for name in _ADVANTAGE))
         return _select(made | _owners(cache, stored, lengths, columns), columns, self._schema)
 
 
@@ -175,12 +183,12 @@ class EntryScan(RowScan):
         return [*(name for name in _OWNER if name in columns), "k", *stored]
 
     def _rows(self, cache: str, stored: pa.Table, columns: Sequence[str]) -> pa.Table:
-        k = _column(stored, "k", _STORED)
+        k = _column(stored, "k")
         tokens, k_T = _lengths(k), k.flatten().to_numpy().astype(np.int64)
         sample_T = np.repeat(np.arange(len(tokens)), tokens)
         entries = np.bincount(sample_T, weights=k_T, minlength=len(tokens)).astype(np.int64)
         made = {
-            _SINGULAR.get(name, name): flatten_lists(_column(stored, name, _STORED), entries)
+            _SINGULAR.get(name, name): flatten_lists(_column(stored, name), entries)
             for name in _names("topk")
             if name in stored.schema.names
         }
@@ -204,7 +212,6 @@ class _Answer:
 
 
 _CACHE_ONLY = pa.schema([_CACHE])
-_STORED = arrow_schema(SAMPLE_COLUMNS)
 
 
 def _names(grain: str) -> list[str]:
@@ -247,10 +254,8 @@ def _runs(shards: ShardRows) -> Iterator[list[ScannedShard]]:
         yield run
 
 
-def _column(stored: pa.Table, name: str, schema: pa.Schema) -> pa.Array:
-    """One array; nulls for a column that came to the format after the shard was written."""
-    if name not in stored.schema.names:
-        return pa.nulls(stored.num_rows, schema.field(name).type)
+def _column(stored: pa.Table, name: str) -> pa.Array:
+    """One array."""
     chunks = stored.column(name).chunks
     return chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
 
@@ -285,7 +290,7 @@ def _owners(
     owners = {"cache": _repeated(cache, int(lengths.sum()))} if "cache" in columns else {}
     for name in _OWNER:
         if name in columns:
-            encoded = _column(stored, name, _STORED).dictionary_encode()
+            encoded = _column(stored, name).dictionary_encode()
             indices = pa.array(np.repeat(encoded.indices.to_numpy(), lengths))
             owners[name] = pa.DictionaryArray.from_arrays(indices, encoded.dictionary, safe=False)
     return owners

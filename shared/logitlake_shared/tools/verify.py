@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from logitlake_schemas import CommitRecord, QuarantineRecord, ShardEntry, Snapshot, layout, sha256_hex
+from logitlake_schemas import COLUMNS, CommitRecord, QuarantineRecord, ShardEntry, Snapshot, layout, sha256_hex
 from logitlake_shared.catalog import Catalog, Place
 from logitlake_shared.errors import FingerprintMismatchError, LakeCorruptError, LakeError, LakeFormatError
 from logitlake_shared.lake import Cache, Lake
@@ -258,9 +258,10 @@ class _UnitCheck:
                 yield f"its footer says {key} {footer.get(key)}, the record {value}"
         if table.num_rows != entry.rows:
             yield f"{table.num_rows} rows, the record says {entry.rows}"
-        for column in table.schema.names:
-            if table.column(column).null_count:
-                yield f"column {column} holds {table.column(column).null_count} nulls"
+        for column in COLUMNS[entry.kind]:
+            nulls = table.column(column.name).null_count
+            if nulls and not column.nullable:
+                yield f"column {column.name} holds {nulls} nulls"
                 return
         if entry.kind == "images":
             yield from self._images(table)
