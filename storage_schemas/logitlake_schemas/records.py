@@ -240,6 +240,8 @@ class CaptureSpec(GrownRecord):
     mode: Annotated[CaptureMode, ADDED_LATER] = ScoreMode()
     no_image_pass: Annotated[bool, ADDED_LATER] = False
     """whether responses to images were scored once more with the images left out"""
+    pair_making: Annotated[dict[str, Any] | None, ADDED_LATER] = None
+    """how the teacher made pairs: every option, as configured; none where the data gave them"""
 
     @property
     def fingerprint(self) -> str:
