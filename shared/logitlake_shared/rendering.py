@@ -18,7 +18,7 @@ import numpy.typing as npt
 from logitlake_schemas import TokenizerIdentity, fingerprint, sha256_hex
 from logitlake_shared.errors import ConfigError, DataError
 
-__all__ = ["RENDERER", "Rendered", "Renderer"]
+__all__ = ["RENDERER", "Rendered", "Renderer", "without_images"]
 
 RENDERER = "template-prompt+lone-response+eos/1"
 
@@ -179,6 +179,16 @@ class Renderer:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def without_images(messages: Messages) -> list[dict[str, Any]]:
+    """The same conversation, its image parts left out: what the teacher is asked to learn what the images add."""
+    return [
+        {**message, "content": [part for part in _content_parts(message["content"]) if part["type"] != "image"]}
+        if not isinstance(message["content"], str)
+        else dict(message)
+        for message in messages
+    ]
 
 
 def _load_tokenizer(model_dir: Path) -> Any:
