@@ -1,34 +1,27 @@
-"""Guarded image decoding, and pixels exactly as the checkpoint's own processor makes them.
+"""Guarded image decoding.
 
 An image is checked before it is decoded (bytes, format, pixels, frames), so that a decompression bomb costs nothing;
 what cannot be used raises `ImageError` with a code. There is no fallback: never a black image, never another one.
-Both the hf teacher and the student take their `pixel_values` from `PixelLoader`, which runs the image processor
-saved with the checkpoint on its PIL path (no torchvision needed).
+What a model makes of the decoded pixels is `logitlake_shared.pixels`.
 """
 
 import io
-import json
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from logitlake_schemas import fingerprint, sha256_hex
-from logitlake_shared.errors import ConfigError, ImageError
+from logitlake_schemas import sha256_hex
+from logitlake_shared.errors import ImageError
 from logitlake_shared.rows import LakeImage
 
-__all__ = ["DecodedImage", "PixelLoader", "decode_image", "image_processor_sha256", "inspect_image", "load_pixels"]
+__all__ = ["DecodedImage", "decode_image", "inspect_image"]
 
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 64 * 10**6
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# Where transformers looks for an image processor's configuration, newest name first.
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -78,43 +71,6 @@ def inspect_image(data: bytes) -> LakeImage:
     """The image's row for the lake, from its header. Raises `ImageError` as `decode_image` does."""
     with _open(data) as image:
         return LakeImage(sha256_hex(data), str(image.format), image.width, image.height, data)
-
-
-def image_processor_sha256(model_dir: Path) -> str | None:
-    """Digest of the checkpoint's image processor configuration; None for a text-only checkpoint."""
-    for name in _PROCESSOR_FILES:
-        if (model_dir / name).is_file():
-            document = json.loads((model_dir / name).read_text(encoding="utf-8"))
-            return fingerprint(document.get("image_processor", document))
-    return None
-
-
-class PixelLoader:
-    """Encoded images to `pixel_values_NCHW` (float32), by the image processor saved with a checkpoint."""
-
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-
-    def __call__(self, images: Sequence[bytes]) -> npt.NDArray[np.float32]:
-        """Raises `ImageError` as `decode_image` does."""
-        return self.of_decoded([decode_image(data) for data in images])
-
-    def of_decoded(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
-        """As a call, of images that are decoded already."""
-        pixels: npt.NDArray[np.float32] = self._processor(list(images), return_tensors="np")["pixel_values"]
-        return np.asarray(pixels, np.float32)
-
-
-def load_pixels(model_dir: Path) -> PixelLoader:
-    """The pixel loader of a checkpoint. Raises `ConfigError` when it has no image processor."""
-    from transformers import AutoImageProcessor
-
-    if image_processor_sha256(model_dir) is None:
-        raise ConfigError(
-            f"{model_dir}: no image processor: expected one of {', '.join(_PROCESSOR_FILES)}; copy it from the "
-            "checkpoint the vision tower came from"
-        )
-    return PixelLoader(AutoImageProcessor.from_pretrained(model_dir, backend="pil"))
 
 
 def _open(data: bytes) -> Image.Image:

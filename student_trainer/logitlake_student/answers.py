@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from logitlake_shared.data_formats import ImageRef, Messages
-from logitlake_shared.images import image_processor_sha256, load_pixels
+from logitlake_shared.pixels import image_processor_sha256, load_pixels
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
 from logitlake_student.data import SampleCollator, StudentInputs, check_student_fits, tokens_per_image

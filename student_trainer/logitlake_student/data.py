@@ -20,7 +20,7 @@ from torch import Tensor
 from logitlake_schemas import CaptureSpec, Codec, sha256_hex
 from logitlake_shared.alignment import expand_images, interleave, predicting_rows
 from logitlake_shared.errors import FingerprintMismatchError, TrainingError
-from logitlake_shared.images import PixelLoader
+from logitlake_shared.pixels import PixelLoader
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.reader.order import Layout, epoch_order
 from logitlake_shared.rendering import Renderer

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from logitlake_shared.alignment import expand_images, predicting_rows
 from logitlake_shared.errors import ExportError
-from logitlake_shared.images import decode_image, load_pixels
+from logitlake_shared.images import decode_image
+from logitlake_shared.pixels import load_pixels
 
 __all__ = ["GateSample", "check_export"]
 
@@ -203,7 +204,7 @@ def _ask_vllm(
 
 
 def _multimodal_settings(num_images: int) -> dict[str, Any]:
-    """The image processor's PIL path, as in `logitlake_shared.images`: torchvision resamples to other pixels."""
+    """The image processor's PIL path, as in `logitlake_shared.pixels`: torchvision resamples to other pixels."""
     return {"limit_mm_per_prompt": {"image": num_images}, "mm_processor_kwargs": {"backend": "pil"}}
 
 

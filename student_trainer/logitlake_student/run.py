@@ -110,7 +110,7 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     """Trains one stage to its end, resuming from its newest complete checkpoint. Returns its closing figures."""
     import torch
 
-    from logitlake_shared.images import image_processor_sha256, load_pixels
+    from logitlake_shared.pixels import image_processor_sha256, load_pixels
     from logitlake_shared.reader import LakeDataset, PairDataset
     from logitlake_shared.rendering import Renderer
     from logitlake_student.checkpoints import newest_checkpoint

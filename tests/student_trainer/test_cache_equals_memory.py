@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from logitlake_shared.images import PixelLoader, load_pixels
+from logitlake_shared.pixels import PixelLoader, load_pixels
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.reader.order import Layout
 from logitlake_shared.rendering import Renderer

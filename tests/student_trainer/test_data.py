@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from logitlake_shared.errors import FingerprintMismatchError, TrainingError
-from logitlake_shared.images import load_pixels
+from logitlake_shared.pixels import load_pixels
 from logitlake_shared.reader import LakeDataset, PairDataset
 from logitlake_shared.reader.order import Layout
 from logitlake_shared.rendering import Renderer

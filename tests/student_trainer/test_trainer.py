@@ -133,7 +133,7 @@ def test_a_stage_changes_what_it_trains(student_world: Any, stage: dict[str, Any
 
 def initial_logprobs(world: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The untrained student's logprobs of all chosen and all rejected responses, one forward pass a response."""
-    from logitlake_shared.images import load_pixels
+    from logitlake_shared.pixels import load_pixels
     from logitlake_student.data import PairCollator, StudentInputs
 
     renderer = Renderer(world.checkpoint)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from logitlake_shared.errors import EngineError
-from logitlake_shared.images import DecodedImage, load_pixels
+from logitlake_shared.images import DecodedImage
+from logitlake_shared.pixels import load_pixels
 from logitlake_shared.rendering import Renderer
 from logitlake_teacher.config import HfEngineConfig
 from logitlake_teacher.engines import EngineSetup, ScoredSample, ScoreRequest, build_engine
@@ -48,7 +49,7 @@ def dense_logprobs(setup: EngineSetup, request: ScoreRequest) -> np.ndarray:
     for token in request.prompt_ids.tolist():
         expanded += [token] * (16 if token == setup.image_token_id else 1)
     ids = torch.tensor([[*expanded, *request.response_ids.tolist()]])
-    pixels = torch.from_numpy(load_pixels(setup.model_dir).of_decoded([image.as_pil() for image in request.images]))
+    pixels = torch.from_numpy(load_pixels(setup.model_dir).model_inputs(request.images[0].as_pil())["pixel_values"])
     with torch.inference_mode():
         logits_SV = model(input_ids=ids, pixel_values=pixels).logits[0].double()[:, : setup.vocab_size]
     # The last prompt position predicts the first response token, and so on.

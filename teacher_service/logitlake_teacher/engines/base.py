@@ -10,7 +10,7 @@ The records carry numpy arrays and bytes only: they cross process borders.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,12 +21,15 @@ from numpy.typing import NDArray
 from logitlake_schemas import SampledPolicy
 from logitlake_schemas.records import EngineIdentity
 from logitlake_shared.alignment import expand_images, interleave
+from logitlake_shared.errors import DataError, ImageError
 from logitlake_shared.images import DecodedImage
 from logitlake_shared.topk import DrawnRows, TeacherRows
 
 __all__ = [
+    "CountImageTokens",
     "Engine",
     "EngineSetup",
+    "ExpandedRequest",
     "Generation",
     "Int32Array",
     "SampleProblem",
@@ -34,11 +37,14 @@ __all__ = [
     "ScoredSample",
     "agree_label_ranks",
     "expand_request",
+    "fit_request",
     "seed_of",
     "too_long_problem",
 ]
 
 Int32Array = NDArray[np.int32]
+CountImageTokens = Callable[[int, int], int]
+"""(width, height) of an image -> tokens that it becomes. Raises `ImageError` (`image_shape`) where none fits."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,15 @@ class ScoreRequest:
     response_lengths: Int32Array
     images: tuple[DecodedImage, ...] = ()
     """in the order of their placeholders; decoded under guard before any engine sees them"""
+
+
+@dataclass(frozen=True)
+class ExpandedRequest:
+    """A request as the teacher sees it."""
+
+    ids_S: NDArray[np.int64]
+    """every image as many placeholders as it has tokens"""
+    is_response_S: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -155,9 +170,35 @@ def expand_request(
     ids_S, is_response_S = interleave(
         request.prompt_ids, request.prompt_lengths, request.response_ids, request.response_lengths
     )
-    if image_token_id is None or not tokens_per_image:
+    if image_token_id is None and not tokens_per_image:
         return ids_S, is_response_S
     return expand_images(ids_S, is_response_S, image_token_id, tokens_per_image)
+
+
+def fit_request(
+    request: ScoreRequest,
+    image_token_id: int | None,
+    count_image_tokens: CountImageTokens,
+    context_length: int,
+    room: int = 0,
+) -> ExpandedRequest | SampleProblem:
+    """The request with its images expanded, if it fits the context with `room` tokens to spare.
+
+    Else the problem: `prompt_too_long`, `image_placeholders` (a placeholder too many or too few, as in a prompt whose
+    images were expanded already) or the code of an `ImageError`.
+    """
+    ids_S, is_response_S = expand_request(request, None, ())
+    try:
+        tokens_per_image = [count_image_tokens(image.width, image.height) for image in request.images]
+        ids_S, is_response_S = expand_images(ids_S, is_response_S, image_token_id, tokens_per_image)
+    except ImageError as error:
+        code, _, message = str(error).partition(": ")
+        return SampleProblem(request.sample_id, code, message)
+    except DataError as error:
+        return SampleProblem(request.sample_id, "image_placeholders", str(error))
+    if len(ids_S) + room > context_length:
+        return too_long_problem(request.sample_id, len(ids_S) + room, context_length)
+    return ExpandedRequest(ids_S, is_response_S)
 
 
 def seed_of(sampling: Sampling, request: ScoreRequest) -> int:

@@ -21,7 +21,8 @@ from logitlake_schemas.records import EngineIdentity
 from logitlake_shared.alignment import predicting_rows
 from logitlake_shared.draws import uniforms
 from logitlake_shared.errors import EngineError
-from logitlake_shared.images import DecodedImage, load_pixels
+from logitlake_shared.images import DecodedImage
+from logitlake_shared.pixels import load_pixels
 from logitlake_shared.topk import DrawnRows, Rows, TeacherRows, concatenate
 from logitlake_teacher.config import HfEngineConfig
 from logitlake_teacher.engines.base import (
@@ -32,9 +33,8 @@ from logitlake_teacher.engines.base import (
     ScoredSample,
     ScoreRequest,
     agree_label_ranks,
-    expand_request,
+    fit_request,
     seed_of,
-    too_long_problem,
 )
 from logitlake_teacher.engines.checkpoint import read_checkpoint
 from logitlake_teacher.engines.identity import identify_engine
@@ -123,23 +123,21 @@ class HfEngine:
     def _prepare(
         self, index: int, request: ScoreRequest, pixels: dict[str, NDArray[np.float32]], room: int = 0
     ) -> "_Sequence | SampleProblem":
-        ids_S, is_response_S = expand_request(
-            request, self._setup.image_token_id, [self._num_image_tokens(image) for image in request.images]
-        )
-        if len(ids_S) + room > self._context_length:
-            return too_long_problem(request.sample_id, len(ids_S) + room, self._context_length)
+        expanded = fit_request(request, self._setup.image_token_id, self._num_image_tokens, self._context_length, room)
+        if isinstance(expanded, SampleProblem):
+            return expanded
         for image in request.images:
             if image.image_sha256 not in pixels:
                 pixels[image.image_sha256] = self._pixels_of(image)
         pixels_NCHW = (
             np.concatenate([pixels[image.image_sha256] for image in request.images]) if request.images else None
         )
-        return _Sequence(index, request, ids_S, predicting_rows(is_response_S), pixels_NCHW)
+        return _Sequence(index, request, expanded.ids_S, predicting_rows(expanded.is_response_S), pixels_NCHW)
 
     def _pixels_of(self, image: DecodedImage) -> NDArray[np.float32]:
         if self._load_pixels is None:
             raise EngineError(f"{self._setup.model_dir}: the teacher reads text only, but a sample holds an image")
-        return self._load_pixels.of_decoded([image.as_pil()])
+        return self._load_pixels.model_inputs(image.as_pil())["pixel_values"]
 
     def _batches(self, sequences: list[_Sequence]) -> Iterator[list[_Sequence]]:
         """Sequences of similar length, at most `batch_tokens` padded positions a batch; the same every time."""

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from logitlake_schemas.fingerprint import fingerprint
 from logitlake_schemas.records import EngineIdentity
 from logitlake_shared.errors import EngineError
-from logitlake_shared.images import image_processor_sha256
+from logitlake_shared.pixels import image_processor_sha256
 from logitlake_teacher.config import EngineConfig, FakeEngineConfig, HfEngineConfig
 from logitlake_teacher.engines.base import EngineSetup
 from logitlake_teacher.engines.checkpoint import weights_sha256

@@ -32,8 +32,8 @@ from logitlake_teacher.engines.base import (
     ScoreRequest,
     agree_label_ranks,
     expand_request,
+    fit_request,
     seed_of,
-    too_long_problem,
 )
 from logitlake_teacher.engines.checkpoint import read_checkpoint
 from logitlake_teacher.engines.identity import identify_engine
@@ -153,7 +153,7 @@ class VllmEngine:
         self._llm = None
 
     def _image_options(self) -> dict[str, Any]:
-        """The image processor's PIL path, as in `logitlake_shared.images`: torchvision resamples to other pixels."""
+        """The image processor's PIL path, as in `logitlake_shared.pixels`: torchvision resamples to other pixels."""
         return {
             "limit_mm_per_prompt": {"image": self._config.max_images},
             "mm_processor_kwargs": {"backend": "pil"},
@@ -181,11 +181,9 @@ class VllmEngine:
     def _prepare(self, index: int, request: ScoreRequest, room: int) -> "_Prompt | SampleProblem":
         setup = self._setup
         ids_S, _ = expand_request(request, None, ())
-        expanded_ids_S, is_response_S = expand_request(
-            request, setup.image_token_id, [self._num_image_tokens(image) for image in request.images]
-        )
-        if len(expanded_ids_S) + room > self._context_length:
-            return too_long_problem(request.sample_id, len(expanded_ids_S) + room, self._context_length)
+        expanded = fit_request(request, setup.image_token_id, self._num_image_tokens, self._context_length, room)
+        if isinstance(expanded, SampleProblem):
+            return expanded
         prompt: dict[str, Any] = {"prompt_token_ids": ids_S.tolist()}
         if len(request.images) > self._config.max_images:
             return SampleProblem(
@@ -195,7 +193,7 @@ class VllmEngine:
             )
         if request.images:
             prompt["multi_modal_data"] = {"image": [image.as_pil() for image in request.images]}
-        return _Prompt(index, request, prompt, expanded_ids_S, is_response_S)
+        return _Prompt(index, request, prompt, expanded.ids_S, expanded.is_response_S)
 
     def _rows_of(self, prompt: _Prompt, output: Any) -> TeacherRows:
         """The response rows of vLLM's flat lists.
