@@ -9,25 +9,28 @@ one-byte codes while every reader sees plain floats.
 The grid spaces levels so that p·step² is constant (uniform in sqrt(p), the Hellinger metric), capped at 0.35 nats
 for improbable tokens: probable tokens are held to a thousandth of a nat, improbable ones coarsely, and the KL spent
 is spread evenly. What it costs is measured on every unit, not assumed (`stored_error`).
+
+Everything is at T = 1. Where the tail mass at another temperature was captured, too, `decode` gives the distribution
+at that temperature (`tempered` says how).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from logitlake_schemas import Codec, CodecPolicy, SampledPolicy, StoredError, Temperature
-from logitlake_shared.errors import EngineError
+from logitlake_shared.errors import LakeError
+from logitlake_shared.tempered import merged_tail, tempered_head
 
 __all__ = [
     "DrawnRows",
     "StoredRows",
     "TeacherRows",
-    "check_rows",
     "concatenate",
     "decode",
     "encode",
@@ -97,40 +100,11 @@ class StoredRows:
     """log tail mass of softmax(logits / temperature) at each other temperature that was captured"""
 
 
-def check_rows(rows: TeacherRows, vocab_size: int) -> None:
-    """Refuses what must never be written: non-finite or positive logprobs, bad order, repeated or foreign ids.
-
-    Raises `EngineError` that begins with `teacher_nonfinite`, `teacher_invalid`.
-    """
-    ids_TK, logprobs_TK = rows.topk_ids_TK, rows.topk_logprobs_TK
-    num_bad = int(
-        (~np.isfinite(logprobs_TK)).sum()
-        + (~np.isfinite(rows.label_logprob_T)).sum()
-        + np.isnan(rows.log_tail_mass_T).sum()
-    )
-    if num_bad:
-        raise EngineError(
-            f"teacher_nonfinite: {num_bad} logprobs are NaN or infinite; check the teacher's weights and dtype"
-        )
-    if ids_TK.size and (int(ids_TK.min()) < 0 or int(ids_TK.max()) >= vocab_size):
-        raise EngineError(
-            f"teacher_invalid: token ids span {ids_TK.min()}..{ids_TK.max()}, expected 0..{vocab_size - 1}: the engine "
-            "returned padded vocabulary slots"
-        )
-    if (np.diff(logprobs_TK, axis=1) > 0).any():
-        raise EngineError("teacher_invalid: top-k logprobs are not in falling order")
-    if (np.diff(np.sort(ids_TK, axis=1), axis=1) == 0).any():
-        raise EngineError("teacher_invalid: a token id occurs twice in one top-k")
-    mass_T = np.exp(logprobs_TK.astype(np.float64)).sum(1) + np.exp(rows.log_tail_mass_T.astype(np.float64))
-    if mass_T.size and float(np.abs(mass_T - 1).max()) > MASS_TOLERANCE:
-        worst = float(mass_T[np.abs(mass_T - 1).argmax()])
-        raise EngineError(f"teacher_invalid: top-k and tail sum to {worst:.6f}, expected 1 within {MASS_TOLERANCE}")
-
-
 def encode(rows: TeacherRows, policy: CodecPolicy) -> StoredRows:
     """Keeps what the policy keeps; the mass of dropped entries joins the tail. Entropy is that of the captured rows.
 
-    Give it all rows of a unit at once (`concatenate`, then `split`): it is made for a hundred thousand of them.
+    Give it all rows of a unit at once (`concatenate`, then `split`): it is made for a hundred thousand of them. Rows
+    for a policy with temperatures hold the tails at these, checked by `teacher_checks.check_rows`.
     """
     logprobs_TK = rows.topk_logprobs_TK.astype(np.float32, copy=False)
     p_TK = np.exp(logprobs_TK)
@@ -145,6 +119,13 @@ def encode(rows: TeacherRows, policy: CodecPolicy) -> StoredRows:
     dropped_T = np.where(keep_TK[changed_T], 0, p_TK[changed_T]).sum(1, dtype=np.float64)
     with np.errstate(divide="ignore"):
         log_tail_T[changed_T] = np.log(tail_T[changed_T] + dropped_T)
+    log_tails_T = {}
+    for x, temperature in enumerate(policy.temperatures):
+        assert rows.log_tail_mass_TX is not None
+        log_tails_T[temperature] = rows.log_tail_mass_TX[:, x].astype(np.float32)
+        log_tails_T[temperature][changed_T] = merged_tail(
+            logprobs_TK[changed_T], keep_TK[changed_T], log_tails_T[temperature][changed_T], temperature
+        )
     kept = logprobs_TK[keep_TK]
     snaps = policy.grid == "companded256"
     own = rounded if snaps else _as_it_is
@@ -156,6 +137,7 @@ def encode(rows: TeacherRows, policy: CodecPolicy) -> StoredRows:
         label_rank_T=rows.label_rank_T.astype(np.int32),
         log_tail_mass_T=own(log_tail_T),
         entropy_T=own(np.maximum(entropy_T, 0).astype(np.float32)),
+        log_tails_T={temperature: own(tail_T) for temperature, tail_T in log_tails_T.items()},
     )
 
 
@@ -191,18 +173,23 @@ def split(rows: StoredRows, lengths: Sequence[int]) -> list[StoredRows]:
     ]
 
 
-def decode(rows: StoredRows | Sequence[StoredRows]) -> tuple[Int32, Float32, Float32]:
+def decode(
+    rows: StoredRows | Sequence[StoredRows], temperature: Literal[1] | Temperature = 1
+) -> tuple[Int32, Float32, Float32]:
     """The distribution that a loss may use: `topk_ids_TK`, `topk_logprobs_TK`, `log_tail_mass_T`.
 
     Of one sample, or of several at once, one after the other. K is the largest k of the rows; shorter rows are padded
     with id 0 at logprob -inf. The grid leaves head + tail a hair off 1; both are divided by their sum, so that a
     student equal to the stored teacher has loss and gradient 0. The arrays are new and may be written to.
+
+    At a `temperature` beside 1 it is softmax(logits / temperature), normalised over the vocabulary too: exact to the
+    rounding of the stored values. Raises `LakeError` where the rows hold no tail mass at it.
     """
     parts = [rows] if isinstance(rows, StoredRows) else rows
     k_T = np.concatenate([part.k_T for part in parts])
     ids = np.concatenate([part.topk_ids for part in parts])
     logprobs = np.concatenate([part.topk_logprobs for part in parts])
-    log_tail_T = np.concatenate([part.log_tail_mass_T for part in parts])
+    log_tail_T = np.concatenate([_log_tail_at(part, temperature) for part in parts])
     num_tokens, k = len(k_T), int(k_T.max(initial=0))
     if len(ids) == num_tokens * k:
         ids_TK, logprobs_TK = ids.reshape(num_tokens, k), logprobs.reshape(num_tokens, k)
@@ -212,11 +199,25 @@ def decode(rows: StoredRows | Sequence[StoredRows]) -> tuple[Int32, Float32, Flo
         logprobs_TK = np.full((num_tokens, k), -np.inf, np.float32)
         ids_TK[kept_TK] = ids
         logprobs_TK[kept_TK] = logprobs
+    if temperature != 1:
+        return ids_TK, tempered_head(logprobs_TK, log_tail_T, temperature), log_tail_T
     # All of it in float32: the exponentials are right to 2e-7 and so is their sum, which is about 1. einsum sums short
     # rows several times faster than `sum`. The shift is then right to 1e-6 (tests/shared/test_reader_decode.py).
     log_sum_T = np.log(np.einsum("tk->t", np.exp(logprobs_TK)) + np.exp(log_tail_T))
     logprobs_TK -= log_sum_T[:, None]
     return ids_TK, logprobs_TK, log_tail_T - log_sum_T
+
+
+def _log_tail_at(rows: StoredRows, temperature: Literal[1] | Temperature) -> Float32:
+    if temperature == 1:
+        return rows.log_tail_mass_T
+    if temperature not in rows.log_tails_T:
+        known = ", ".join(map(str, (1, *rows.log_tails_T)))
+        raise LakeError(
+            f"these rows hold no tail mass at temperature {temperature}, only at {known}, and it cannot be told from "
+            f"them; capture with codec.temperatures=[{temperature}]"
+        )
+    return rows.log_tails_T[temperature]
 
 
 def tail_bound(rows: StoredRows, codec: Codec) -> Float32:

@@ -42,7 +42,7 @@ def capture_unit(engine: Engine, unit: Unit, cache: Cache, crashed: Mapping[str,
     answers = engine.score([request for item in todo for request in requests_of(item, images.decoded)])
     accepted: list[tuple[PlannedSample, ScoredSample]] = []
     for item, answer in zip(todo, answers, strict=True):
-        checked = accept(item, answer, len(item.response_ids), cache.spec)
+        checked = accept(item, answer, item.response_ids, cache.spec)
         if isinstance(checked, UnitError):
             errors[item.item_id] = checked
         else:

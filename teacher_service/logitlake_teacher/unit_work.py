@@ -9,14 +9,24 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from logitlake_schemas import CaptureSpec, CommitRecord, SampledPolicy, UnitError, layout
+from logitlake_schemas import (
+    CaptureSpec,
+    Codec,
+    CodecPolicy,
+    CommitRecord,
+    SampledPolicy,
+    Temperature,
+    UnitError,
+    layout,
+)
 from logitlake_shared.draws import check_draws
 from logitlake_shared.errors import DataError, EngineError, ImageError
 from logitlake_shared.images import DecodedImage, inspect_image
 from logitlake_shared.lake import Cache
 from logitlake_shared.rows import LakeImage
-from logitlake_shared.topk import DrawnRows, check_rows
-from logitlake_teacher.engines.base import SampleProblem, ScoredSample, ScoreRequest
+from logitlake_shared.teacher_checks import check_rows
+from logitlake_shared.topk import DrawnRows
+from logitlake_teacher.engines.base import Int32Array, SampleProblem, ScoredSample, ScoreRequest
 from logitlake_teacher.items import Item, PlannedPair, PlannedSample, Unit
 
 __all__ = [
@@ -29,6 +39,7 @@ __all__ = [
     "in_order",
     "load_images",
     "requests_of",
+    "temperatures_of",
 ]
 
 Errors = dict[str, UnitError]
@@ -95,37 +106,43 @@ def requests_of(item: Item, decoded: Mapping[str, DecodedImage]) -> list[ScoreRe
 
 
 def accept(
-    item: Item, answer: ScoredSample | SampleProblem, num_tokens: int, spec: CaptureSpec
+    item: Item, answer: ScoredSample | SampleProblem, label_ids_T: Int32Array, spec: CaptureSpec
 ) -> ScoredSample | UnitError:
-    """The answer if it may be written, else why not. `num_tokens` is the number of response tokens asked about."""
+    """The answer if it may be written, else why not. `label_ids_T` are the response tokens that were asked about."""
     if isinstance(answer, SampleProblem):
         return UnitError(sample_id=item.item_id, code=answer.code, message=answer.message)
     num_rows = len(answer.rows.label_logprob_T)
-    if num_rows != num_tokens:
+    if num_rows != len(label_ids_T):
         return UnitError(
             sample_id=item.item_id,
             code="teacher_invalid",
-            message=f"the teacher returned {num_rows} rows for {num_tokens} response tokens",
+            message=f"the teacher returned {num_rows} rows for {len(label_ids_T)} response tokens",
         )
     try:
         if isinstance(answer.rows, DrawnRows):
             assert isinstance(spec.codec, SampledPolicy)
             check_draws(answer.rows, spec.codec, spec.tokenizer.vocab_size)
         else:
-            check_rows(answer.rows, spec.tokenizer.vocab_size)
+            check_rows(answer.rows, spec.tokenizer.vocab_size, label_ids_T, temperatures_of(spec.codec))
     except EngineError as error:
         code, _, message = str(error).partition(": ")
         return UnitError(sample_id=item.item_id, code=code, message=message)
     return answer
 
 
+def temperatures_of(codec: Codec) -> tuple[Temperature, ...]:
+    """Temperatures beside 1 at which a cache with this codec stores the tail mass."""
+    return codec.temperatures if isinstance(codec, CodecPolicy) else ()
+
+
 def crash_errors(unit: Unit, crashed: Mapping[str, str]) -> Errors:
-    """An error for each item of the unit that is known to kill the teacher."""
-    return {
-        item.item_id: UnitError(sample_id=item.item_id, code="teacher_crashed", message=crashed[item.item_id])
-        for item in unit.items
-        if item.item_id in crashed
-    }
+    """An error for each item of the unit that is known to kill the teacher; `crashed`: id -> `code: message`."""
+    errors: Errors = {}
+    for item in unit.items:
+        if item.item_id in crashed:
+            code, _, message = crashed[item.item_id].partition(": ")
+            errors[item.item_id] = UnitError(sample_id=item.item_id, code=code, message=message)
+    return errors
 
 
 def in_order(unit: Unit, errors: Errors) -> list[UnitError]:

@@ -13,7 +13,8 @@ from benchmarks.storage import at_equal_angle, bytes_per_token, dataset, fixed, 
 from benchmarks.storage_peers import PEERS, json_lines
 
 from logitlake_schemas import CodecPolicy
-from logitlake_shared.topk import check_rows, encode
+from logitlake_shared.teacher_checks import check_rows
+from logitlake_shared.topk import encode
 
 VOCAB, WIDTH, K = 40, 8, 40
 LENGTHS = (5, 9, 6)

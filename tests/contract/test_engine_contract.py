@@ -20,7 +20,8 @@ from logitlake_shared.draws import uniforms
 from logitlake_shared.errors import EngineError
 from logitlake_shared.images import DecodedImage
 from logitlake_shared.rendering import Renderer
-from logitlake_shared.topk import DrawnRows, TeacherRows, check_rows
+from logitlake_shared.teacher_checks import check_rows
+from logitlake_shared.topk import DrawnRows, TeacherRows
 from logitlake_teacher.config import EngineConfig, FakeEngineConfig, HfEngineConfig, VllmEngineConfig
 from logitlake_teacher.engines import (
     Engine,
