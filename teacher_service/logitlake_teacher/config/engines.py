@@ -50,13 +50,18 @@ class HfEngineConfig(StrictModel):
 
 
 class VllmEngineConfig(StrictModel):
-    """vLLM in this process, through its public interface."""
+    """vLLM: its core in a process of its own, on a CPU in this one."""
 
     type: Literal["vllm"] = "vllm"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the forward pass"""
+    quantization: str | None = None
+    """vLLM's name of a quantisation to apply (`fp8`, …); default: what the checkpoint says of itself"""
+    route: Literal["auto", "prompt_logprobs", "span_hook"] = "auto"
+    """`prompt_logprobs` is vLLM's public interface; `span_hook` computes response rows only, with the exact tail, in
+    vLLM's workers; `auto` takes the hook where this vLLM is listed and the start-up probe saw both agree"""
     batch_tokens: int = Field(default=2048, gt=0)
-    """positions of one engine step; vLLM holds their logits over the vocabulary in memory"""
+    """positions of one engine step; `prompt_logprobs` hold their logits over the vocabulary in memory"""
     context_length: int | None = Field(default=None, gt=1)
     """longest sample + 1, images expanded; default and upper bound: what the checkpoint was made for"""
     enforce_eager: bool = True
@@ -64,9 +69,19 @@ class VllmEngineConfig(StrictModel):
     gpu_memory_utilization: float = Field(default=0.8, gt=0, lt=1)
     """share of the GPU's memory for vLLM; prompt logprobs need room beside it"""
     tensor_parallel_size: int = Field(default=1, gt=0)
-    """GPUs that share one teacher"""
+    """GPUs that share each layer of one teacher"""
+    pipeline_parallel_size: int = Field(default=1, gt=0)
+    """groups of GPUs that hold the layers of one teacher one after the other"""
     max_images: int = Field(default=4, gt=0)
     """images of one sample, at most"""
+    mm_processor_kwargs: dict[str, str | int | float | bool] = {}
+    """options of the image processor over the checkpoint's own, as vLLM takes them"""
+    renderer_num_workers: int = Field(default=1, gt=0)
+    """vLLM's threads that prepare prompts; images of one engine are prepared on one thread in any case"""
+    share_prefill: bool = True
+    """candidates of one prompt share its prefill through vLLM's prefix cache; scoring never reads that cache"""
+    seed: int = 0
+    """vLLM's own seed; candidates have seeds of their own"""
 
 
 EngineConfig = Annotated[FakeEngineConfig | HfEngineConfig | VllmEngineConfig, Field(discriminator="type")]

@@ -5,13 +5,14 @@ loaded: so it is made from the configuration, the bytes of the checkpoint folder
 Faults, thread counts and actors are not part of it.
 """
 
+import json
 from importlib.metadata import PackageNotFoundError, version
 
 from logitlake_schemas.fingerprint import fingerprint
 from logitlake_schemas.records import EngineIdentity
 from logitlake_shared.errors import EngineError
 from logitlake_shared.pixels import image_processor_sha256
-from logitlake_teacher.config import EngineConfig, FakeEngineConfig, HfEngineConfig
+from logitlake_teacher.config import EngineConfig, FakeEngineConfig, HfEngineConfig, VllmEngineConfig
 from logitlake_teacher.engines.base import EngineSetup
 from logitlake_teacher.engines.checkpoint import weights_sha256
 
@@ -55,16 +56,29 @@ def identify_engine(config: EngineConfig, setup: EngineSetup) -> EngineIdentity:
             "transformers": _version("transformers"),
             "enforce_eager": config.enforce_eager,
             "tensor_parallel_size": config.tensor_parallel_size,
+            "pipeline_parallel_size": config.pipeline_parallel_size,
+            # As configured: which route `auto` takes is known only to a running engine, and both were seen to agree.
+            "route": config.route,
+            "mm_processor_kwargs": json.dumps(config.mm_processor_kwargs, sort_keys=True),
+            "share_prefill": config.share_prefill,
+            "seed": config.seed,
         }
     return EngineIdentity(
         engine=config.type,
         engine_version=_library_version(config.type),
         model=setup.model_dir.name,
         weights_sha256=weights_sha256(setup.model_dir),
-        dtype=config.dtype,
+        dtype=_dtype(config),
         image_processor_sha256=image_processor_sha256(setup.model_dir),
         options=options,
     )
+
+
+def _dtype(config: HfEngineConfig | VllmEngineConfig) -> str:
+    """With the quantisation behind a plus sign, where the configuration asks for one."""
+    if isinstance(config, VllmEngineConfig) and config.quantization is not None:
+        return f"{config.dtype}+{config.quantization}"
+    return config.dtype
 
 
 def _library_version(engine: str) -> str:
