@@ -105,9 +105,12 @@ class FakeEngine:
 
     def _rows(self, request: ScoreRequest, logprobs_TV: NDArray[np.float64]) -> TeacherRows | DrawnRows:
         if self._setup.sampled is None:
-            return _top_rows(logprobs_TV, request.response_ids, self._setup.k)
+            return self._top_rows(logprobs_TV, request.response_ids)
         uniforms_TN = uniforms(self._setup.sampled, request.sample_id, len(logprobs_TV))
         return _drawn_rows(logprobs_TV, request.response_ids, uniforms_TN)
+
+    def _top_rows(self, logprobs_TV: NDArray[np.float64], label_ids_T: NDArray[np.int32]) -> TeacherRows:
+        return _top_rows(logprobs_TV, label_ids_T, self._setup.k, self._setup.temperatures)
 
     def _prefix(self, request: ScoreRequest) -> "hashlib._Hash":
         """The hash of the seed and the images, to be continued by the ids."""
@@ -126,7 +129,12 @@ class FakeEngine:
 
     def _logits_after(self, prefix: "hashlib._Hash") -> NDArray[np.float64]:
         draw = np.random.default_rng(int.from_bytes(prefix.digest()[:16], "little"))
-        return draw.standard_normal(self._setup.vocab_size) * self._config.sharpness
+        logits_V = draw.standard_normal(self._setup.vocab_size) * self._config.sharpness
+        if self._config.mean_response is not None:
+            # p(EOS) = 1 / mean at every token: lengths are geometric with that mean.
+            logits_V[self._setup.eos_id] = -np.inf
+            logits_V[self._setup.eos_id] = np.logaddexp.reduce(logits_V) - np.log(self._config.mean_response - 1)
+        return logits_V
 
     def _generate_one(self, request: ScoreRequest, sampling: Sampling) -> list[Generation] | SampleProblem:
         self._misbehave(request.sample_id)
@@ -161,7 +169,7 @@ class FakeEngine:
         return Generation(
             response_ids,
             "stop" if ids[-1] == self._setup.eos_id else "length",
-            _top_rows(np.stack(truth), response_ids, self._setup.k),
+            self._top_rows(np.stack(truth), response_ids),
             prompt_length + len(ids),
         )
 
@@ -178,23 +186,34 @@ def _draw(logits_V: NDArray[np.float64], sampling: Sampling, draw: np.random.Gen
     return int(order_V[min(int(np.searchsorted(cumulated_V, draw.random() * mass, side="right")), nucleus - 1)])
 
 
-def _top_rows(logprobs_TV: NDArray[np.float64], label_ids_T: NDArray[np.int32], k: int) -> TeacherRows:
+def _top_rows(
+    logprobs_TV: NDArray[np.float64], label_ids_T: NDArray[np.int32], k: int, temperatures: Sequence[float]
+) -> TeacherRows:
     """The captured part of full distributions; equal logprobs are ordered by id."""
     order_TV = np.argsort(-logprobs_TV, axis=1, kind="stable")
     topk_ids_TK = order_TV[:, :k].astype(np.int32)
     label_logprob_T = logprobs_TV[np.arange(len(label_ids_T)), label_ids_T]
     rank_T = (logprobs_TV > label_logprob_T[:, None]).sum(axis=1).astype(np.int32) + 1
-    rest = np.take_along_axis(logprobs_TV, order_TV[:, k:], axis=1)
-    log_tail_mass_T = (
-        np.logaddexp.reduce(rest, axis=1) if rest.shape[1] else np.full(len(label_ids_T), -np.inf, dtype=np.float64)
-    )
+    sorted_TV = np.take_along_axis(logprobs_TV, order_TV, axis=1)
+    log_tails = [_log_tail_mass(sorted_TV / temperature, k).astype(np.float32) for temperature in (1, *temperatures)]
     return TeacherRows(
         topk_ids_TK=topk_ids_TK,
-        topk_logprobs_TK=np.take_along_axis(logprobs_TV, order_TV[:, :k], axis=1).astype(np.float32),
+        topk_logprobs_TK=sorted_TV[:, :k].astype(np.float32),
         label_logprob_T=label_logprob_T.astype(np.float32),
         label_rank_T=agree_label_ranks(topk_ids_TK, label_ids_T, rank_T),
-        log_tail_mass_T=log_tail_mass_T.astype(np.float32),
+        log_tail_mass_T=log_tails[0],
+        log_tail_mass_TX=np.stack(log_tails[1:], axis=1) if temperatures else None,
     )
+
+
+def _log_tail_mass(logits_TV: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """`log_tail_T`: log probability of all but the first `k`, -inf where that is none."""
+    if k == logits_TV.shape[1]:
+        return np.full(len(logits_TV), -np.inf)
+    log_tail_T: NDArray[np.float64] = np.logaddexp.reduce(logits_TV[:, k:], axis=1) - np.logaddexp.reduce(
+        logits_TV, axis=1
+    )
+    return log_tail_T
 
 
 def _drawn_rows(
