@@ -3,16 +3,17 @@
 The records cross process borders: arrays, strings and bytes only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitlake_schemas import UnitError
+from logitlake_shared.alignment import interleave
 from logitlake_shared.data_formats import ImageRef
 
-__all__ = ["Item", "PlannedPair", "PlannedSample", "Unit"]
+__all__ = ["Item", "PlannedPair", "PlannedSample", "Unit", "single_turn"]
 
 Int32 = NDArray[np.int32]
 
@@ -85,3 +86,22 @@ class Unit:
     """`<number>-<content digest>`"""
     items: tuple[Item, ...]
     """all samples or all pairs"""
+
+
+def single_turn(sample: PlannedSample) -> PlannedSample:
+    """The sample as a prompt that waits for its last answer: everything before that answer is one prompt segment.
+
+    `response_ids` is the answer that the data gives, empty where it gives none; `messages` end with the user turn.
+    """
+    ids_S, _ = interleave(sample.prompt_ids, sample.prompt_lengths, sample.response_ids, sample.response_lengths)
+    answer_length = int(sample.response_lengths[-1])
+    prompt_length = len(ids_S) - answer_length
+    answered = sample.messages[-1]["role"] == "assistant"
+    return replace(
+        sample,
+        messages=sample.messages[:-1] if answered else sample.messages,
+        prompt_ids=ids_S[:prompt_length].astype(np.int32),
+        prompt_lengths=np.array([prompt_length], np.int32),
+        response_ids=ids_S[prompt_length:].astype(np.int32),
+        response_lengths=np.array([answer_length], np.int32),
+    )
