@@ -35,6 +35,7 @@ __all__ = [
     "decode",
     "encode",
     "nearest_level",
+    "own_figures",
     "rounded",
     "split",
     "stored_error",
@@ -127,17 +128,15 @@ def encode(rows: TeacherRows, policy: CodecPolicy) -> StoredRows:
             logprobs_TK[changed_T], keep_TK[changed_T], log_tails_T[temperature][changed_T], temperature
         )
     kept = logprobs_TK[keep_TK]
-    snaps = policy.grid == "companded256"
-    own = rounded if snaps else _as_it_is
     return StoredRows(
         k_T=k_T.astype(np.uint16),
         topk_ids=rows.topk_ids_TK[keep_TK].astype(np.int32, copy=False),
-        topk_logprobs=_snap(kept) if snaps else kept,
-        label_logprob_T=own(rows.label_logprob_T),
+        topk_logprobs=_snap(kept) if policy.grid == "companded256" else kept,
+        label_logprob_T=own_figures(rows.label_logprob_T, policy),
         label_rank_T=rows.label_rank_T.astype(np.int32),
-        log_tail_mass_T=own(log_tail_T),
-        entropy_T=own(np.maximum(entropy_T, 0).astype(np.float32)),
-        log_tails_T={temperature: own(tail_T) for temperature, tail_T in log_tails_T.items()},
+        log_tail_mass_T=own_figures(log_tail_T, policy),
+        entropy_T=own_figures(np.maximum(entropy_T, 0), policy),
+        log_tails_T={temperature: own_figures(tail_T, policy) for temperature, tail_T in log_tails_T.items()},
     )
 
 
@@ -293,8 +292,11 @@ def rounded(values: npt.NDArray[np.floating[Any]]) -> Float32:
     return np.where(np.isfinite(exact), ((exact.view(np.uint32) + half) & mask).view(np.float32), exact)  # keeps -inf
 
 
-def _as_it_is(values: npt.NDArray[np.floating[Any]]) -> Float32:
-    return np.ascontiguousarray(values, np.float32)
+def own_figures(values: npt.NDArray[np.floating[Any]], codec: Codec) -> Float32:
+    """A token's own figures as a shard with this codec holds them: `rounded`, unless its grid is `exact`."""
+    if isinstance(codec, CodecPolicy) and codec.grid == "exact":
+        return np.ascontiguousarray(values, np.float32)
+    return rounded(values)
 
 
 @cache

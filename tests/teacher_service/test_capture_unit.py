@@ -29,7 +29,7 @@ class Bench:
     """A plan, a fake teacher and an empty cache."""
 
     def __init__(self, world: Any) -> None:
-        renderer = Renderer(world.model_dir)
+        self.renderer = renderer = Renderer(world.model_dir)
         source = LlavaSource(path=world.folder / "train.json", image_root=world.folder)
         self.folder: Path = world.folder
         self.plan: Plan = plan_samples([source], renderer, 200)
@@ -63,7 +63,7 @@ def test_the_lake_holds_what_the_teacher_said(bench: Bench) -> None:
     """With the exact grid, every stored row is the truth over the vocabulary, cut at k, with the rest as tail."""
     engine, cache = bench.engine(), bench.cache()
     for unit in bench.plan.units:
-        capture_unit(engine, unit, cache, {})
+        capture_unit(engine, unit, cache, {}, bench.renderer)
     cache.snapshot()
     dataset = LakeDataset(bench.folder / "lake", "capture")
     stored = {sample.sample_id: sample for sample in (dataset[position] for position in range(len(dataset)))}
@@ -92,7 +92,7 @@ def test_the_lake_holds_the_counts_of_the_draws(bench: Bench) -> None:
     cache = lake.create_cache("draws", bench.spec.model_copy(update={"codec": policy}))
     engine = build_engine(FakeEngineConfig(), setup)
     for unit in bench.plan.units:
-        record = capture_unit(engine, unit, cache, {})
+        record = capture_unit(engine, unit, cache, {}, bench.renderer)
         assert record.stored_error is not None
         assert record.stored_error.kl_mean is None
         assert verify_unit(cache, record) == []
@@ -108,15 +108,15 @@ def test_the_lake_holds_the_counts_of_the_draws(bench: Bench) -> None:
 def test_a_committed_unit_is_not_scored_again(bench: Bench) -> None:
     """The second publisher gets the first one's record without asking the teacher."""
     cache, unit = bench.cache(), bench.plan.units[0]
-    first = capture_unit(bench.engine(), unit, cache, {})
+    first = capture_unit(bench.engine(), unit, cache, {}, bench.renderer)
     fails = bench.engine(raise_on=tuple(item.item_id for item in unit.items))
-    assert capture_unit(fails, unit, cache, {}) == first
+    assert capture_unit(fails, unit, cache, {}, bench.renderer) == first
 
 
 def test_images_are_stored_once_a_unit(bench: Bench) -> None:
     """Four questions about a picture, one row of image bytes."""
     for unit in bench.plan.units:
-        record = capture_unit(bench.engine(), unit, bench.cache(), {})
+        record = capture_unit(bench.engine(), unit, bench.cache(), {}, bench.renderer)
         (images,) = [entry for entry in record.shards if entry.kind == "images"]
         assert images.rows == len({sha256 for item in unit.items for sha256 in item.image_sha256})
 
@@ -130,7 +130,7 @@ def test_an_image_that_changed_after_planning_stops_the_capture(bench: Bench) ->
         if any(str(image.path).endswith("0.png") for item in unit.items for image in item.images)
     ]
     with pytest.raises(DataError, match="input_changed"):
-        capture_unit(bench.engine(), changed[0], bench.cache(), {})
+        capture_unit(bench.engine(), changed[0], bench.cache(), {}, bench.renderer)
 
 
 def _nan(answer: ScoredSample) -> ScoredSample:
@@ -186,7 +186,7 @@ def test_an_impossible_answer_is_an_error_row_never_a_row(
             return [damage(answers[0]), *answers[1:]]
 
     unit = bench.plan.units[0]
-    record = capture_unit(Damaged(FakeEngineConfig(), bench.setup), unit, bench.cache(), {})
+    record = capture_unit(Damaged(FakeEngineConfig(), bench.setup), unit, bench.cache(), {}, bench.renderer)
     assert [(error.sample_id, error.code) for error in record.errors] == [(unit.items[0].item_id, code)]
     (rows,) = [entry for entry in record.shards if entry.kind == "samples"]
     assert rows.rows == len(unit.items) - 1
@@ -195,8 +195,8 @@ def test_an_impossible_answer_is_an_error_row_never_a_row(
 def test_a_unit_of_nothing_but_errors_is_committed_too(bench: Bench) -> None:
     """Its record has the errors and no shard, and the plan is complete."""
     unit = bench.plan.units[0]
-    crashed = {item.item_id: "ended" for item in unit.items}
-    record = capture_unit(bench.engine(), unit, bench.cache(), crashed)
+    crashed = {item.item_id: "teacher_crashed: ended" for item in unit.items}
+    record = capture_unit(bench.engine(), unit, bench.cache(), crashed, bench.renderer)
     assert record.shards == ()
     assert [error.code for error in record.errors] == ["teacher_crashed"] * len(unit.items)
     assert bench.cache().committed_units() == {unit.unit_id}

@@ -4,14 +4,15 @@ Each law is one sentence about a row or a token (`Broken.law` names it), and is 
 once: a lake of a million tokens takes seconds. The tests hold the same laws once more, one token at a time.
 
     lengths      per-token columns are as long as the response, segments sum to their ids, entries to the sum of k
-    eos          every response ends with EOS
+    present      what the spec says was captured is there, and nothing else
+    eos          every response ends with EOS, but for the last one of a teacher that was stopped by length
     vocabulary   ids are in the token map
     finite       logprobs are finite and at most 0; a tail's may be -inf; nothing is NaN
     entropy      finite, at least 0
     k            as many entries as the spec's codec allows
     order        entries stand by falling probability
     unique       no id occurs twice in a token's entries
-    mass         entries and tail sum to 1
+    mass         entries and tail sum to 1; at a higher temperature the tail is not smaller, and never all
     label        label_rank and label_logprob say what the entries say, where the label is one of them
 """
 
@@ -22,8 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from logitlake_schemas import CaptureSpec, CodecPolicy
+from logitlake_schemas import TAIL_COLUMNS, CaptureSpec, CodecPolicy
 from logitlake_shared.topk import GRID_MAX_STEP, GRID_STEP, MASS_TOLERANCE, nearest_level
 
 __all__ = ["Broken", "check_pairs", "check_samples"]
@@ -31,8 +33,10 @@ __all__ = ["Broken", "check_pairs", "check_samples"]
 # A stored label_logprob keeps ten mantissa bits, so that it may lie this much nearer to the next level or sum.
 _OWN_ROUNDING = 2.0**-10
 _LOGPROB_TOLERANCE = 1e-3  # exact grids: the rounding of a bf16 engine's two answers for one token
-_PAIR_LISTS = {"chosen": ("chosen_ids", "chosen_logprobs"), "rejected": ("rejected_ids", "rejected_logprobs")}
+_SIDES = ("chosen", "rejected")
 _TOKEN_LISTS = ("k", "label_logprob", "label_rank", "log_tail_mass", "entropy")
+_NO_IMAGE = "label_logprob_no_image"
+_OPTIONAL_LISTS = (_NO_IMAGE, *TAIL_COLUMNS.values())
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
@@ -53,20 +57,21 @@ class Broken:
 
 def check_samples(table: pa.Table, spec: CaptureSpec) -> list[Broken]:
     """The laws that a table of `SAMPLE_COLUMNS` breaks. Rows of wrong lengths are reported as such and no further."""
-    broken = list(_lengths_of_samples(table))
+    broken = [*_lengths_of_samples(table), *_present(table, spec)]
     bad = np.unique(np.concatenate([one.rows for one in broken])) if broken else np.empty(0, np.int64)
     rows = np.setdiff1d(np.arange(table.num_rows), bad)
     if len(bad):
         table = table.take(pa.array(rows))
     tokens = _Tokens(table, rows)
     vocab_size, eos_id = spec.tokenizer.vocab_size, spec.tokenizer.eos_id
-    broken += _ends(tokens, eos_id)
+    broken += _ends(tokens, eos_id, _stopped_by_length(table))
     broken += tokens.broken(
         "vocabulary",
         (tokens.label < 0) | (tokens.label >= vocab_size),
         lambda t: f"response id {tokens.label[t]} is outside the vocabulary of {vocab_size}",
     )
     broken += _values(tokens)
+    broken += _optional_values(tokens, spec)
     broken += _entries(tokens, spec)
     if isinstance(spec.codec, CodecPolicy):
         broken += _labels(tokens, spec.codec)
@@ -76,28 +81,47 @@ def check_samples(table: pa.Table, spec: CaptureSpec) -> list[Broken]:
 def check_pairs(table: pa.Table, spec: CaptureSpec) -> list[Broken]:
     """The laws that a table of `PAIR_COLUMNS` breaks."""
     broken: list[Broken] = []
-    for side, (ids_name, logprobs_name) in _PAIR_LISTS.items():
-        ids, id_stops = _list(table, ids_name)
-        logprobs, stops = _list(table, logprobs_name)
-        sizes, id_sizes = np.diff(stops), np.diff(id_stops)
-        places = np.flatnonzero((sizes != id_sizes) | (id_sizes == 0))
-        if len(places):
-            first = places[0]
-            says = f"{side}: {id_sizes[first]} tokens but {sizes[first]} logprobs"
-            broken.append(Broken("lengths", places, np.full(len(places), -1), says))
+    for side in _SIDES:
+        ids, id_stops = _list(table, f"{side}_ids")
+        id_sizes = np.diff(id_stops)
+        for name in (f"{side}_logprobs", f"{side}_logprobs_no_image"):
+            values, stops = _list(table, name)
+            sizes, there = np.diff(stops), _is_there(table, name)
+            places = np.flatnonzero(((sizes != id_sizes) | (id_sizes == 0)) & there)
+            if len(places):
+                first = places[0]
+                broken.append(_about_rows("lengths", places, f"{name}: {sizes[first]} for {id_sizes[first]} tokens"))
+            broken += _pair_values(name, values, stops, ~np.isfinite(values) | (values > _LOGPROB_TOLERANCE))
         whole = id_sizes > 0
         places = np.flatnonzero(whole)[ids[id_stops[1:][whole] - 1] != spec.tokenizer.eos_id]
         if len(places):
-            broken.append(Broken("eos", places, np.full(len(places), -1), f"{side} does not end with EOS"))
-        for law, values, starts, bad, says in (
-            ("vocabulary", ids, id_stops, (ids < 0) | (ids >= spec.tokenizer.vocab_size), "an id is not in the map"),
-            ("finite", logprobs, stops, ~np.isfinite(logprobs) | (logprobs > 0), "a logprob is not finite or above 0"),
-        ):
-            places = np.flatnonzero(bad)
-            if len(places):
-                rows = np.searchsorted(starts, places, side="right") - 1
-                broken.append(Broken(law, rows, places - starts[rows], f"{side}: {says}: {values[places[0]]}"))
+            broken.append(_about_rows("eos", places, f"{side} does not end with EOS"))
+        outside = (ids < 0) | (ids >= spec.tokenizer.vocab_size)
+        broken += _pair_values(f"{side}_ids", ids, id_stops, outside, "vocabulary")
+        rating = table.column(f"{side}_rating")
+        wrong = np.flatnonzero(pc.invert(pc.fill_null(pc.is_finite(rating), fill_value=True)).to_numpy())
+        if len(wrong):
+            broken.append(_about_rows("finite", wrong, f"{side}_rating is {rating[int(wrong[0])].as_py()}"))
+    for name in ("logprobs_no_image", "rating"):
+        one, other = (_is_there(table, f"{side}_{name}") for side in _SIDES)
+        places = np.flatnonzero(one != other)
+        if len(places):
+            broken.append(_about_rows("present", places, f"{name} of one response without the other's"))
     return broken
+
+
+def _pair_values(name: str, values: npt.NDArray[Any], stops: Int64, bad: Bool, law: str = "finite") -> list[Broken]:
+    """The law broken by values of a list column of pairs."""
+    places = np.flatnonzero(bad)
+    if not len(places):
+        return []
+    rows = np.searchsorted(stops, places, side="right") - 1
+    what = "is not in the token map" if law == "vocabulary" else "is not finite and at most 0"
+    return [Broken(law, rows, places - stops[rows], f"{name}: {values[places[0]]} {what}")]
+
+
+def _about_rows(law: str, rows: Int64, says: str) -> Broken:
+    return Broken(law, rows, np.full(len(rows), -1), says)
 
 
 class _Tokens:
@@ -111,6 +135,10 @@ class _Tokens:
         self.label_rank = _list(table, "label_rank")[0].astype(np.int64)
         self.log_tail = _list(table, "log_tail_mass")[0].astype(np.float64)
         self.entropy = _list(table, "entropy")[0]
+        self.optional = {name: _spread(table, name, len(self.label)) for name in _OPTIONAL_LISTS}
+        """what a row does not have is NaN, and `is_there` False"""
+        lengths = np.diff(starts)
+        self.is_there = {name: np.repeat(_is_there(table, name), lengths) for name in _OPTIONAL_LISTS}
         self.ids = _list(table, "topk_ids")[0]
         self.logprobs = _list(table, "topk_logprobs")[0].astype(np.float64)
         self.stops = np.cumsum(self.k)
@@ -150,6 +178,8 @@ def _lengths_of_samples(table: pa.Table) -> Iterator[Broken]:
     columns = np.zeros(table.num_rows, np.bool_)
     for name in _TOKEN_LISTS:
         columns |= sizes[name] != sizes["response_ids"]
+    for name in _OPTIONAL_LISTS:
+        columns |= (np.diff(_list(table, name)[1]) != sizes["response_ids"]) & _is_there(table, name)
     columns |= (sums["k"] != sizes["topk_ids"]) | (sums["k"] != sizes["topk_logprobs"])
     for bad, says in (
         (segments | empty, "segment lengths do not sum to the ids"),
@@ -159,11 +189,34 @@ def _lengths_of_samples(table: pa.Table) -> Iterator[Broken]:
             yield Broken("lengths", rows[bad], np.full(int(bad.sum()), -1), says)
 
 
-def _ends(tokens: _Tokens, eos_id: int) -> list[Broken]:
+def _present(table: pa.Table, spec: CaptureSpec) -> Iterator[Broken]:
+    temperatures = spec.codec.temperatures if isinstance(spec.codec, CodecPolicy) else ()
+    sees_images = np.diff(_list(table, "image_sha256")[1]) > 0
+    everywhere, nowhere = np.ones(table.num_rows, np.bool_), np.zeros(table.num_rows, np.bool_)
+    expected = {name: everywhere if at in temperatures else nowhere for at, name in TAIL_COLUMNS.items()}
+    expected[_NO_IMAGE] = sees_images if spec.no_image_pass else nowhere
+    for name, is_expected in expected.items():
+        there = _is_there(table, name)
+        for rows, says in (
+            (np.flatnonzero(is_expected & ~there), "is missing, the spec says that it was captured"),
+            (np.flatnonzero(there & ~is_expected), "is there, the spec says that it was not captured"),
+        ):
+            if len(rows):
+                yield _about_rows("present", rows, f"{name} {says}")
+
+
+def _stopped_by_length(table: pa.Table) -> Bool:
+    return np.asarray(pc.equal(table.column("finish_reason"), "length").to_numpy(), np.bool_)
+
+
+def _ends(tokens: _Tokens, eos_id: int, stopped_by_length: Bool) -> list[Broken]:
     ends = np.cumsum(tokens.turns.astype(np.int64)) - 1
+    open_ends = tokens.turn_stops[1:][stopped_by_length] - 1
+    closed = np.ones(len(ends), np.bool_)
+    closed[open_ends] = False
     return tokens.broken_at(
         "eos",
-        ends[tokens.label[ends] != eos_id],
+        ends[closed & (tokens.label[ends] != eos_id)],
         lambda t: f"a response does not end with EOS but with {tokens.label[t]}",
     )
 
@@ -189,6 +242,35 @@ def _values(tokens: _Tokens) -> Iterator[Broken]:
         ~np.isfinite(tokens.entropy) | (tokens.entropy < 0),
         lambda t: f"entropy is not finite and at least 0: {tokens.entropy[t]}",
     )
+
+
+def _optional_values(tokens: _Tokens, spec: CaptureSpec) -> Iterator[Broken]:
+    seen = tokens.optional[_NO_IMAGE]
+    yield from tokens.broken(
+        "finite",
+        tokens.is_there[_NO_IMAGE] & (~np.isfinite(seen) | (seen > _LOGPROB_TOLERANCE)),
+        lambda t: f"{_NO_IMAGE} is not finite and at most 0: {seen[t]}",
+    )
+    for temperature, name in TAIL_COLUMNS.items():
+        there, log_tail = tokens.is_there[name], tokens.optional[name]
+        yield from tokens.broken(
+            "finite",
+            there & np.isnan(log_tail),
+            lambda t, name=name, log_tail=log_tail: f"{name} is not a log of a probability: {log_tail[t]}",
+        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            tail, cooler = np.exp(log_tail), np.exp(tokens.log_tail)
+            tolerance = np.full(len(tail), MASS_TOLERANCE)
+            if _on_grid(spec):
+                tolerance += cooler * np.abs(np.where(cooler > 0, tokens.log_tail, 0)) * _OWN_ROUNDING
+            wrong = there & ((log_tail >= 0) | (tail < cooler - tolerance))
+        yield from tokens.broken(
+            "mass",
+            wrong,
+            lambda t, at=temperature, tail=tail, cooler=cooler: (
+                f"the tail is {tail[t]:.5f} at temperature {at} and {cooler[t]:.5f} at 1"
+            ),
+        )
 
 
 def _entries(tokens: _Tokens, spec: CaptureSpec) -> Iterator[Broken]:
@@ -279,13 +361,25 @@ def _level_step(logprobs: Float64) -> Float64:
 
 
 def _list(table: pa.Table, name: str) -> tuple[npt.NDArray[Any], Int64]:
-    """The flat values of a list column and where each row starts, with the end behind the last."""
+    """The flat values of a list column and where each row starts, with the end behind the last; a null is empty."""
     column = table.column(name)
     if not column.num_chunks:
         return np.empty(0, column.type.value_type.to_pandas_dtype()), np.zeros(1, np.int64)
     array = column.combine_chunks() if column.num_chunks > 1 else column.chunk(0)
-    lengths = array.value_lengths().to_numpy(zero_copy_only=False)
+    lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     return array.flatten().to_numpy(zero_copy_only=False), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _is_there(table: pa.Table, name: str) -> Bool:
+    return np.asarray(pc.is_valid(table.column(name)).to_numpy(), np.bool_)
+
+
+def _spread(table: pa.Table, name: str, num_tokens: int) -> Float64:
+    """The values of an optional list a token, NaN for the tokens of rows that have none."""
+    spread = np.full(num_tokens, np.nan)
+    lengths = np.diff(_list(table, "response_ids")[1])
+    spread[np.repeat(_is_there(table, name), lengths)] = _list(table, name)[0]
+    return spread
 
 
 def _row_sums(table: pa.Table, name: str) -> Int64:
