@@ -1,13 +1,22 @@
-"""What an executor runs: one engine and one open cache, in this process or in another."""
+"""What an executor runs: one engine and one open cache, in this process or in another.
 
-from collections.abc import Mapping, Sequence
+Units may run in several threads at once: one is loaded and committed while the teacher works on another. The teacher
+itself is asked by one thread at a time, unless its engine says that it can be shared (`concurrent`).
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 from logitlake_schemas import CacheKind, CommitRecord
+from logitlake_schemas.records import EngineIdentity
 from logitlake_shared.lake import Lake
 from logitlake_teacher.capture import capture_unit
 from logitlake_teacher.config import EngineConfig
 from logitlake_teacher.engines import EngineSetup, build_engine
+from logitlake_teacher.engines.base import Engine, Generation, SampleProblem, Sampling, ScoredSample, ScoreRequest
 from logitlake_teacher.items import Item, Unit
 from logitlake_teacher.pairs import capture_pairs_unit
 from logitlake_teacher.unit_work import load_images, requests_of
@@ -33,17 +42,56 @@ class UnitWorker:
         self._capture = capture_pairs_unit if job.kind == "pairs" else capture_unit
         self._cache = Lake.open(job.lake_uri).cache(job.cache)
         self._engine = build_engine(job.engine, job.setup)
+        self._turn: AbstractContextManager[object] = (
+            nullcontext() if getattr(self._engine, "concurrent", False) else threading.Lock()
+        )
 
-    def run(self, unit: Unit, crashed: Mapping[str, str]) -> CommitRecord:
-        """Captures and commits the unit; `crashed` maps ids that are known to kill the teacher to what happened."""
-        return self._capture(self._engine, unit, self._cache, crashed)
+    def run(self, unit: Unit, crashed: Mapping[str, str], pieces: int = 1) -> CommitRecord:
+        """Captures and commits the unit; see `executors.base.Worker`."""
+        return self._capture(_SharedEngine(self._engine, self._turn, pieces), unit, self._cache, crashed)
 
     def probe(self, items: Sequence[Item]) -> None:
         """Scores the items and forgets the answers: does the teacher survive them?"""
         images = load_images(items)
         sound = [item for item in items if item.item_id not in images.errors]
-        self._engine.score([request for item in sound for request in requests_of(item, images.decoded)])
+        engine = _SharedEngine(self._engine, self._turn, 1)
+        engine.score([request for item in sound for request in requests_of(item, images.decoded)])
 
     def close(self) -> None:
         """Frees the engine."""
         self._engine.close()
+
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class _SharedEngine:
+    """An engine as one unit sees it: it waits for its turn, and asks in pieces."""
+
+    engine: Engine
+    turn: AbstractContextManager[object]
+    pieces: int
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[ScoredSample | SampleProblem]:
+        """See `Engine.score`."""
+        return self._ask(self.engine.score, requests)
+
+    def generate(self, requests: Sequence[ScoreRequest], sampling: Sampling) -> list[list[Generation] | SampleProblem]:
+        """See `Engine.generate`."""
+        return self._ask(lambda piece: self.engine.generate(piece, sampling), requests)
+
+    def describe(self) -> EngineIdentity:
+        """See `Engine.describe`."""
+        return self.engine.describe()
+
+    def close(self) -> None:
+        """Nothing: the engine is the worker's."""
+
+    def _ask(
+        self, engine_call: Callable[[Sequence[ScoreRequest]], list[Answer]], requests: Sequence[ScoreRequest]
+    ) -> list[Answer]:
+        size = max(1, -(-len(requests) // self.pieces))
+        with self.turn:
+            parts = [engine_call(requests[start : start + size]) for start in range(0, len(requests), size)]
+        return [answer for part in parts for answer in part]

@@ -1,17 +1,41 @@
 """Executors: `inline` (this process) and `ray` (actors). `build_executor` imports Ray only when it is asked for."""
 
-from logitlake_teacher.config import ExecutorConfig, InlineExecutorConfig
+from logitlake_shared.errors import ConfigError
+from logitlake_teacher.config import (
+    EngineConfig,
+    ExecutorConfig,
+    HfEngineConfig,
+    InlineExecutorConfig,
+    VllmEngineConfig,
+)
 from logitlake_teacher.executors.base import Executor, MakeWorker, Worker
+from logitlake_teacher.executors.stopping import RunStopped, StopRequest, stop_on_signals
 
-__all__ = ["Executor", "MakeWorker", "Worker", "build_executor"]
+__all__ = ["Executor", "MakeWorker", "RunStopped", "StopRequest", "Worker", "build_executor", "stop_on_signals"]
 
 
-def build_executor(config: ExecutorConfig) -> Executor:
-    """The executor of this configuration. Raises `ConfigError` if Ray is asked for and not installed."""
+def build_executor(config: ExecutorConfig, engine: EngineConfig | None = None) -> Executor:
+    """The executor of this configuration, its actors as big as the engine needs.
+
+    Raises `ConfigError` if Ray is asked for and not installed, or an actor is too small for the engine.
+    """
     if isinstance(config, InlineExecutorConfig):
         from logitlake_teacher.executors.inline import InlineExecutor
 
         return InlineExecutor()
     from logitlake_teacher.executors.ray import RayExecutor
 
-    return RayExecutor(config)
+    needed = _num_gpus(engine)
+    if config.gpus_per_actor and needed > 1 and config.gpus_per_actor < needed:
+        raise ConfigError(
+            f"executor.gpus_per_actor is {config.gpus_per_actor:g}, but the engine spreads one teacher over {needed} "
+            "GPUs (tensor times pipeline parallel size); leave it out, or set it to that"
+        )
+    return RayExecutor(config, needed)
+
+
+def _num_gpus(engine: EngineConfig | None) -> int:
+    """GPUs of one engine, where there are any."""
+    if isinstance(engine, VllmEngineConfig):
+        return engine.tensor_parallel_size
+    return int(isinstance(engine, HfEngineConfig) and engine.device == "cuda")

@@ -2,24 +2,30 @@
 
 An executor gets a maker of workers and the units that are left, one after the other as it asks for them (a plan can
 be larger than memory), and yields one commit record for each unit, in the order in which they finish. The bytes in
-the lake do not depend on the executor. `LogitLakeError`s of a worker end the run and reach the caller as they are;
-units that are committed by then stay.
+the lake do not depend on the executor. `LogitLakeError`s of a worker end the run and reach the caller as they are,
+those that may go away (`is_retryable`) after some tries where the executor makes any; units that are committed by then
+stay.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from logitlake_schemas import CommitRecord
+from logitlake_shared.errors import EngineError, LakeError, LogitLakeError
 from logitlake_teacher.items import Item, Unit
 
-__all__ = ["Executor", "MakeWorker", "Worker"]
+__all__ = ["Executor", "MakeWorker", "Worker", "is_retryable", "never"]
 
 
 class Worker(Protocol):
     """Captures unit after unit."""
 
-    def run(self, unit: Unit, crashed: Mapping[str, str]) -> CommitRecord:
-        """Captures and commits the unit, leaving out the items in `crashed` (id -> what happened) with an error row."""
+    def run(self, unit: Unit, crashed: Mapping[str, str], pieces: int = 1) -> CommitRecord:
+        """Captures and commits the unit; may be called from several threads at once.
+
+        The items in `crashed` (id -> `code: what happened`) are left out, with an error row. With `pieces` the teacher
+        is asked about the unit's items in so many calls, which changes the memory it needs and no byte of the answer.
+        """
         ...
 
     def probe(self, items: Sequence[Item]) -> None:
@@ -34,12 +40,28 @@ class Worker(Protocol):
 MakeWorker = Callable[[], Worker]
 
 
+def never() -> bool:
+    """The run goes on until all units are done."""
+    return False
+
+
 class Executor(Protocol):
     """Runs units."""
 
-    def run(self, units: Iterable[Unit], make_worker: MakeWorker) -> Iterator[CommitRecord]:
+    def run(
+        self, units: Iterable[Unit], make_worker: MakeWorker, stop: Callable[[], bool] = never
+    ) -> Iterator[CommitRecord]:
         """Runs all units; `make_worker` is called once in each process that runs some. Raises `LogitLakeError`s.
 
-        Units are taken only as far ahead as there are workers to run them.
+        Units are taken only as far ahead as there are workers to run them. Once `stop` says so, those that run are
+        finished and no other is begun.
         """
         ...
+
+
+def is_retryable(error: LogitLakeError) -> bool:
+    """Whether the same unit may succeed if it is tried again: the lake's store, or the teacher's process, failed.
+
+    What a lake refuses (corrupt, in conflict, of another fingerprint) is a subclass of its own and stays refused.
+    """
+    return type(error) is LakeError or isinstance(error, EngineError)

@@ -3,10 +3,10 @@
 A sample that kills the teacher kills the command; run it under `ray` to have such samples found and set aside.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from logitlake_schemas import CommitRecord
-from logitlake_teacher.executors.base import MakeWorker
+from logitlake_teacher.executors.base import MakeWorker, never
 from logitlake_teacher.items import Unit
 
 __all__ = ["InlineExecutor"]
@@ -15,11 +15,15 @@ __all__ = ["InlineExecutor"]
 class InlineExecutor:
     """Implements `executors.base.Executor`."""
 
-    def run(self, units: Iterable[Unit], make_worker: MakeWorker) -> Iterator[CommitRecord]:
+    def run(
+        self, units: Iterable[Unit], make_worker: MakeWorker, stop: Callable[[], bool] = never
+    ) -> Iterator[CommitRecord]:
         """See `Executor.run`."""
         worker = make_worker()
         try:
             for unit in units:
+                if stop():
+                    return
                 yield worker.run(unit, {})
         finally:
             worker.close()
