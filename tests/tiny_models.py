@@ -1,8 +1,8 @@
 """Random checkpoints of a few hundred kilobytes, stock in every respect: transformers and vLLM load them unchanged.
 
 `save_tiny_llava` is a teacher whose images all become 16 tokens; `save_tiny_qwen_vl` one whose images keep their shape
-and become as many tokens as they have pixels for. Both speak a byte-level vocabulary of about 300 tokens, so that any
-text is representable, and both are drawn wide, so that a random teacher has opinions.
+and become as many tokens as they have pixels for; `save_tiny_text` one that reads text only. All speak a byte-level
+vocabulary of 300 tokens, so that any text is representable, and are drawn wide, so that a random teacher has opinions.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["save_tiny_llava", "save_tiny_qwen_vl"]
+__all__ = ["save_tiny_llava", "save_tiny_qwen_vl", "save_tiny_text"]
 
 CONTEXT_LENGTH = 256
 # The smallest that vLLM's CPU attention takes.
@@ -48,10 +48,11 @@ def save_tiny_llava(folder: Path) -> None:
     _save_llava_weights(tokenizer, folder)
 
 
-def save_tiny_qwen_vl(folder: Path) -> None:
-    """Qwen3-VL: patches of 4x4 pixels merged by two, so that an image is a token for each 8x8 pixels, 4 to 32 of them.
+def save_tiny_qwen_vl(folder: Path, family: str = "qwen3_vl") -> None:
+    """A Qwen-VL with patches of 4x4 pixels merged by two: an image is a token for each 8x8 pixels, 4 to 32 of them.
 
     Deep-stacked image features, interleaved M-RoPE and the file layout are those of the released checkpoints.
+    `family` is the model type: `qwen3_vl`, `qwen3_vl_moe`, `qwen2_5_vl` or `qwen2_vl`.
     """
     from transformers import Qwen2VLImageProcessorPil
 
@@ -64,7 +65,20 @@ def save_tiny_qwen_vl(folder: Path) -> None:
     # torchvision to be made, its configuration does not.
     video = {"video_processor_type": "Qwen3VLVideoProcessor", **patches, "size": size}
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video), encoding="utf-8")
-    _save_qwen_vl_weights(tokenizer, folder)
+    _save_qwen_vl_weights(tokenizer, family, folder)
+
+
+def save_tiny_text(folder: Path, **options: Any) -> None:
+    """Qwen2 without eyes, its embeddings tied to its head; `options` are those of its configuration."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = _tokenizer("", _ROLES)
+    tokenizer.save_pretrained(folder)
+    text = {name: value for name, value in _text_options(tokenizer).items() if name != "head_dim"}
+    torch.manual_seed(0)
+    config = Qwen2Config(**text, num_hidden_layers=2, tie_word_embeddings=True, **options)
+    Qwen2ForCausalLM(config).float().save_pretrained(folder)
 
 
 def _tokenizer(image_text: str, special_tokens: Sequence[str]) -> Any:
@@ -145,39 +159,40 @@ def _save_llava_weights(tokenizer: Any, folder: Path) -> None:
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _save_qwen_vl_weights(tokenizer: Any, folder: Path) -> None:
+def _save_qwen_vl_weights(tokenizer: Any, family: str, folder: Path) -> None:
     import torch
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-    config = Qwen3VLConfig(
-        text_config={
-            **_text_options(tokenizer),
-            # Image features join after the first layers; what follows must be able to react to them.
-            "num_hidden_layers": 3,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10_000.0,
-                "mrope_section": [8, 4, 4],
-                "mrope_interleaved": True,
-            },
+    vision: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": 4, "initializer_range": INITIALIZER_RANGE}
+    if family == "qwen2_vl":
+        vision |= {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}
+    elif family == "qwen2_5_vl":
+        vision |= {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 64, "fullatt_block_indexes": [1]}
+        # Windows of two merged patches a side, so that some of its layers see a part of an image only.
+        vision |= {"window_size": 16}
+    else:
+        vision |= {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 64, "num_position_embeddings": 64}
+        vision |= {"deepstack_visual_indexes": [0, 1]}
+    text = {
+        **_text_options(tokenizer),
+        # Image features join after the first layers of Qwen3-VL; what follows must be able to react to them.
+        "num_hidden_layers": 3,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "mrope_section": [8, 4, 4],
+            "mrope_interleaved": True,
         },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_heads": 2,
-            "patch_size": 4,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1],
-            "initializer_range": INITIALIZER_RANGE,
-        },
+    }
+    if family == "qwen3_vl_moe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    config = CONFIG_MAPPING[family](
+        text_config=text,
+        vision_config=vision,
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
     torch.manual_seed(0)
-    Qwen3VLForConditionalGeneration(config).float().save_pretrained(folder)
+    AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder)

@@ -17,6 +17,8 @@ class FakeEngineConfig(StrictModel):
     """another seed is another teacher"""
     sharpness: float = Field(default=3.0, gt=0)
     """standard deviation of the logits: higher is surer"""
+    mean_response: int | None = Field(default=None, gt=1)
+    """mean length of the answers that it writes, EOS included; default: EOS is a token like any other"""
     tokens_per_image: int = Field(default=4, gt=0)
     """tokens that one image becomes"""
     context_length: int = Field(default=4096, gt=0)
@@ -43,8 +45,11 @@ class HfEngineConfig(StrictModel):
     """dtype of the forward pass; the lm_head's softmax is always float32"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the teacher runs"""
+    batching: Literal["packed", "padded"] = "packed"
+    """`packed`: samples lie one after the other and no padding is computed. `padded`: samples of similar length side by
+    side, for the models that cannot attend to part of a row; the engine says so when it starts"""
     batch_tokens: int = Field(default=4096, gt=0)
-    """padded positions of one forward pass, at most (a longer sample goes alone)"""
+    """positions of one forward pass, padding included, at most (a longer sample goes alone)"""
     context_length: int | None = Field(default=None, gt=1)
     """longest sample, images expanded; default and upper bound: what the checkpoint was made for"""
 

@@ -39,6 +39,7 @@ def identify_engine(config: EngineConfig, setup: EngineSetup) -> EngineIdentity:
             model=setup.model_dir.name,
             weights_sha256=fingerprint(
                 {"seed": config.seed, "sharpness": config.sharpness, "vocab_size": setup.vocab_size}
+                | ({} if config.mean_response is None else {"mean_response": config.mean_response})
             ),
             dtype="float64",
             image_processor_sha256=None,
@@ -50,7 +51,7 @@ def identify_engine(config: EngineConfig, setup: EngineSetup) -> EngineIdentity:
         "context_length": config.context_length,
     }
     if isinstance(config, HfEngineConfig):
-        options["device"] = config.device
+        options |= {"device": config.device, "batching": config.batching}
     else:
         options |= {
             "transformers": _version("transformers"),
