@@ -275,6 +275,8 @@ def flatten_lists(lists: pa.Array, lengths: npt.NDArray[np.int64]) -> pa.Array:
     values = lists.flatten()
     if not lists.null_count:
         return values
+    if lists.null_count == len(lists):
+        return pa.nulls(int(lengths.sum()), values.type)
     present = np.repeat(lists.is_valid().to_numpy(zero_copy_only=False), lengths)
     return values.take(pa.array(np.cumsum(present) - 1, pa.int64(), mask=~present))
 

@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 Decode = Callable[[int], str] | None
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class TokenView:
-    """One response token. Rank, entropy, tail and alternatives are None for pairs, which store the logprob alone."""
+    """One response token. Rank, entropy, tail and alternatives are None for pairs, which store logprobs alone."""
 
     position: int
     token_id: int
@@ -67,6 +69,8 @@ class TokenView:
     entropy: float | None = None
     tail_mass: float | None = None
     alternatives: tuple[Alternative, ...] = ()
+    logprob_no_image: float | None = None
+    """with the images left out, where that was captured"""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Response:
     name: str
     logprob_sum: float
     tokens: tuple[TokenView, ...]
+    rating: float | None = None
+    """by which a made pair was ranked"""
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,7 @@ def _responses(sample: LakeSample, decode: Decode, top: int) -> tuple[Response, 
                     strict=True,
                 )
             ),
+            logprob_no_image=_at(sample.label_logprob_no_image_T, t),
         )
         for t, token_id in enumerate(sample.response_ids)
     ]
@@ -195,20 +202,32 @@ def _responses(sample: LakeSample, decode: Decode, top: int) -> tuple[Response, 
 
 
 def _sides(pair: LakePair, decode: Decode) -> tuple[Response, ...]:
-    def side(ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32]) -> list[TokenView]:
+    def side(ids: Int32, logprobs: Float32, no_image: Float32 | None) -> list[TokenView]:
         return [
-            TokenView(t, int(token_id), decode(int(token_id)) if decode else None, float(logprob))
+            TokenView(
+                t,
+                int(token_id),
+                decode(int(token_id)) if decode else None,
+                float(logprob),
+                logprob_no_image=_at(no_image, t),
+            )
             for t, (token_id, logprob) in enumerate(zip(ids, logprobs, strict=True))
         ]
 
+    chosen = side(pair.chosen_ids, pair.chosen_logprobs, pair.chosen_logprobs_no_image)
+    rejected = side(pair.rejected_ids, pair.rejected_logprobs, pair.rejected_logprobs_no_image)
     return (
-        _response("chosen", side(pair.chosen_ids, pair.chosen_logprobs)),
-        _response("rejected", side(pair.rejected_ids, pair.rejected_logprobs)),
+        _response("chosen", chosen, pair.chosen_rating),
+        _response("rejected", rejected, pair.rejected_rating),
     )
 
 
-def _response(name: str, tokens: Sequence[TokenView]) -> Response:
-    return Response(name, sum(token.logprob for token in tokens), tuple(tokens))
+def _at(values_T: Float32 | None, t: int) -> float | None:
+    return None if values_T is None else float(values_T[t])
+
+
+def _response(name: str, tokens: Sequence[TokenView], rating: float | None = None) -> Response:
+    return Response(name, sum(token.logprob for token in tokens), tuple(tokens), rating)
 
 
 def _images(found: FoundSample, digests: Sequence[str], save_to: Path | None) -> tuple[ImageView, ...]:

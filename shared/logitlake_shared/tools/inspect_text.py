@@ -57,9 +57,13 @@ def _facts(view: SampleView, also_in: Sequence[str]) -> Table:
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
     length = f", {view.expanded_length:,} with images expanded" if view.expanded_length is not None else ""
+    origin = f"{view.source}, task {view.task}, split {view.split}"
+    # How the teacher made a pair is a text of its own.
+    ended_by = [("made by", view.ended_by)] if view.ended_by.startswith("{") else []
     rows = [
         ("teacher", view.teacher),
-        ("from", f"{view.source}, task {view.task}, split {view.split}, {view.ended_by}"),
+        ("from", origin if ended_by else f"{origin}, {view.ended_by}"),
+        *ended_by,
         ("prompt", f"{view.prompt_tokens:,} tokens{length}"),
         ("tokens", view.tokenizer),
     ]
@@ -81,9 +85,10 @@ def _message(message: dict[str, Any]) -> Text:
 
 
 def _response(response: Response) -> Iterator[RenderableType]:
-    yield Text(response.name, "bold").append(
-        f"  {len(response.tokens)} tokens, logprob {_signed(response.logprob_sum)}", "not bold dim"
-    )
+    figures = f"  {len(response.tokens)} tokens, logprob {_signed(response.logprob_sum)}"
+    if response.rating is not None:
+        figures += f", rating {_signed(response.rating)}"
+    yield Text(response.name, "bold").append(figures, "not bold dim")
     if all(token.text is not None for token in response.tokens):
         flow = Text()
         for token in response.tokens:
@@ -95,8 +100,9 @@ def _response(response: Response) -> Iterator[RenderableType]:
 
 def _token_table(tokens: Sequence[TokenView]) -> Table:
     full = any(token.rank is not None for token in tokens)
+    looked_away = any(token.logprob_no_image is not None for token in tokens)
     grid = compact_table()
-    for heading in ("", "token", "logprob"):
+    for heading in ("", "token", "logprob", *(("image adds",) if looked_away else ())):
         grid.add_column(heading, justify="left" if heading == "token" else "right", no_wrap=heading != "token")
     for heading in ("rank", "entropy", "tail") if full else ():
         grid.add_column(heading, justify="right", no_wrap=True)
@@ -104,6 +110,9 @@ def _token_table(tokens: Sequence[TokenView]) -> Table:
     for token in tokens:
         cells = [Text(str(token.position), "dim"), _name(token.token_id, token.text, _colour(token))]
         cells.append(Text(_signed(token.logprob), _colour(token)))
+        if looked_away:
+            seen = token.logprob_no_image
+            cells.append(Text("" if seen is None else _signed(token.logprob - seen)))
         if full:
             cells += [Text(str(token.rank)), Text(f"{token.entropy:.3f}"), Text(f"{token.tail_mass:.0e}")]
             cells.append(_choices(token))

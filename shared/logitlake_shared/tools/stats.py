@@ -7,7 +7,7 @@ they are exact to half a step at any size. Figures of a coarser grouping are sum
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -64,6 +64,8 @@ class GroupStats:
     """exp of the mean of -label_logprob"""
     mean_k: float
     """stored entries a token"""
+    visual_advantage_mean: float | None = None
+    """nats that the image adds to a label's logprob, over the tokens where that was captured"""
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,12 @@ class _Sums:
     top1_is_label: int = 0
     label_logprob: float = 0.0
     k: int = 0
+    visual_advantage: float = 0.0
+    looked_away: int = 0
     entropy_counts: dict[int, int] = field(default_factory=dict)
 
     def add(self, row: dict[str, Any]) -> None:
-        for name in ("samples", "tokens", "entropy", "tail_mass", "top1_is_label", "label_logprob", "k"):
+        for name in _SUMS:
             setattr(self, name, getattr(self, name) + row.get(name, 0))
 
     def figures(self, name: str) -> GroupStats:
@@ -148,7 +152,11 @@ class _Sums:
             top1_is_label=self.top1_is_label / tokens,
             label_perplexity=float(np.exp(-self.label_logprob / tokens)),
             mean_k=self.k / tokens,
+            visual_advantage_mean=self.visual_advantage / self.looked_away if self.looked_away else None,
         )
+
+
+_SUMS = tuple(one.name for one in fields(_Sums) if one.name != "entropy_counts")
 
 
 def lake_stats(
@@ -211,7 +219,9 @@ def _sums_by_origin(catalog: Catalog, cache: str) -> dict[tuple[str, ...], _Sums
         catalog.query(
             f"SELECT {origin}, count(*) AS tokens, sum(entropy::DOUBLE) AS entropy, "
             "sum(exp(log_tail_mass::DOUBLE)) AS tail_mass, count(*) FILTER (label_rank = 1) AS top1_is_label, "
-            f"sum(label_logprob::DOUBLE) AS label_logprob, sum(k)::BIGINT AS k FROM tokens {where} GROUP BY ALL"
+            "sum(label_logprob::DOUBLE) AS label_logprob, sum(k)::BIGINT AS k, "
+            "coalesce(sum(visual_advantage::DOUBLE), 0) AS visual_advantage, count(visual_advantage) AS looked_away "
+            f"FROM tokens {where} GROUP BY ALL"
         ).to_pylist()
     )
     fine = catalog.query(

@@ -31,6 +31,7 @@ FIGURES: tuple[tuple[str, Callable[[GroupStats], str]], ...] = (
     ("top-1 = label", lambda group: f"{group.top1_is_label:.1%}"),
     ("perplexity", lambda group: _perplexity(group.label_perplexity)),
     ("k", lambda group: f"{group.mean_k:.2f}"),
+    ("image adds, nats", lambda group: _optional(group.visual_advantage_mean)),
 )
 PAIR_FIGURES: tuple[tuple[str, Callable[[PairGroup], str]], ...] = (
     ("pairs", lambda group: f"{group.pairs:,}"),
@@ -51,7 +52,15 @@ def figure_rows(stats: CacheStats) -> tuple[list[str], list[list[str]]]:
     else:
         rows = [[text(group) for _, text in FIGURES] for group in groups if isinstance(group, GroupStats)]
         names = [name for name, _ in FIGURES]
-    return [stats.by, *names], [[group.name, *row] for group, row in zip(groups, rows, strict=True)]
+    # A figure that no group has was not captured.
+    kept = [place for place in range(len(names)) if any(row[place] for row in rows)]
+    return [stats.by, *(names[place] for place in kept)], [
+        [group.name, *(row[place] for place in kept)] for group, row in zip(groups, rows, strict=True)
+    ]
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def headline(stats: CacheStats) -> list[str]:
