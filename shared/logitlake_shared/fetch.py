@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn, cast
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -79,7 +80,7 @@ class Fetcher:
         self._policy = policy
         self._resolve = resolve or _resolve
         self._wait = wait
-        self._tls = tls or ssl.create_default_context()
+        self._given_tls = tls
 
     def __call__(self, url: str) -> bytes:
         """The body. Raises `ImageError`.
@@ -98,6 +99,11 @@ class Fetcher:
                     raise ImageError(f"image_fetch_failed: {error}{tries}") from error
                 self._wait(pause)
         raise AssertionError("a policy has at least one attempt")
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        # Reading the system's certificates takes a while, and most captures fetch nothing.
+        return self._given_tls or ssl.create_default_context()
 
     def _follow(self, url: str, deadline: float) -> bytes:
         for _ in range(self._policy.max_redirects + 1):
@@ -287,9 +293,8 @@ def _refuse(url: str, why: str) -> NoReturn:
 
 def _shown(url: str) -> str:
     """The address for people, whatever it holds."""
-    return (
-        public_address(url)[:200].encode("ascii", "backslashreplace").decode().replace("\r", "\\r").replace("\n", "\\n")
-    )
+    shown = public_address(url)[:200].encode("ascii", "backslashreplace").decode()
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in shown)
 
 
 def _left(deadline: float) -> float:

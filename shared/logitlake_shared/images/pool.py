@@ -87,37 +87,47 @@ class DecoderPool:
     def _decode(self, data: bytes) -> DecodedImage | ImageError:
         if len(data) > self._limits.max_bytes:
             return ImageError(f"image_too_large: {len(data)} bytes, at most {self._limits.max_bytes} are read")
-        died = ""
-        for _ in range(_ATTEMPTS):
-            decoder = self._idle.get()
-            try:
-                decoder.wait_ready()
-                return decoder.decode(data, self._limits, time.monotonic() + self._timeout_s)
-            except _TookTooLongError:
-                decoder = self._replaced(decoder)
-                return ImageError(f"image_timeout: decoding took longer than {self._timeout_s:g} s")
-            except _DiedError as error:
-                died = str(error)
-                decoder = self._replaced(decoder)
-            finally:
-                self._idle.put(decoder)
-        return ImageError(f"image_decode: the decoder {died}, twice")
+        died: Exception | None = None
+        decoder = self._idle.get()
+        try:
+            for _ in range(_ATTEMPTS):
+                try:
+                    decoder.wait_ready()
+                    return decoder.decode(data, self._limits, time.monotonic() + self._timeout_s)
+                except _TooSlowError:
+                    decoder = self._replaced(decoder)
+                    return ImageError(f"image_timeout: decoding took longer than {self._timeout_s:g} s")
+                except DecoderDiedError as error:
+                    died = error
+                    decoder = self._replaced(decoder)
+            if isinstance(died, _DidNotStartError):
+                raise ConfigError(
+                    f"no image can be decoded: a decoder process {died} while it started, {_ATTEMPTS} times; look "
+                    "whether `python -c 'import PIL'` works, and at the memory of the machine"
+                )
+            return ImageError(f"image_decode: the decoder {died}, {_ATTEMPTS} times")
+        finally:
+            self._idle.put(decoder)
 
     def _replaced(self, decoder: "_Decoder") -> "_Decoder":
         decoder.kill()
         return _Decoder(self._arguments)
 
 
-class _TookTooLongError(Exception):
+class _TooSlowError(Exception):
     """The decoder did not answer in time."""
 
 
-class _DiedError(Exception):
+class DecoderDiedError(Exception):
     """The decoder ended, or said what no decoder says; the message continues "the decoder …"."""
 
 
+class _DidNotStartError(DecoderDiedError):
+    """The decoder ended before it was given an image."""
+
+
 @dataclass(frozen=True)
-class _Reply:
+class Reply:
     """A header that was checked."""
 
     header: ImageHeader
@@ -149,25 +159,22 @@ class _Decoder:
         self._ready = False
 
     def wait_ready(self) -> None:
-        """Raises `ConfigError` if the process cannot start: that is no image's fault."""
+        """Raises `_DidNotStartError`: that is no image's fault."""
         if self._ready:
             return
         try:
             said = self._read(len(READY), time.monotonic() + _START_TIMEOUT_S).tobytes()
-        except (_DiedError, _TookTooLongError) as error:
-            raise ConfigError(
-                f"no image can be decoded: a decoder process {error} while it started; raise "
-                "images.decode_memory_mib, and look whether `python -c 'import PIL'` works"
-            ) from error
+        except (DecoderDiedError, _TooSlowError) as error:
+            raise _DidNotStartError(str(error)) from error
         self._ready = said == READY
 
     def decode(self, data: bytes, limits: ImageLimits, deadline: float) -> DecodedImage | ImageError:
-        """One image. Raises `_TookTooLongError`, `_DiedError`."""
+        """One image. Raises `_TooSlowError`, `DecoderDiedError`."""
         self._write(struct.pack(">Q", len(data)) + data, deadline)
         length = struct.unpack(">I", self._read(4, deadline).tobytes())[0]
         if length > REPLY_LIMIT:
-            raise _DiedError("gave an answer that is none")
-        reply = _checked(self._read(length, deadline).tobytes(), limits)
+            raise DecoderDiedError("gave an answer that is none")
+        reply = checked_reply(self._read(length, deadline).tobytes(), limits)
         if isinstance(reply, ImageError):
             return reply
         rgb = self._read(reply.width * reply.height * 3, deadline)
@@ -191,7 +198,7 @@ class _Decoder:
             except BlockingIOError:
                 continue
             except OSError as error:
-                raise _DiedError(self._how_it_ended()) from error
+                raise DecoderDiedError(self._how_it_ended()) from error
 
     def _read(self, size: int, deadline: float) -> npt.NDArray[np.uint8]:
         buffer = np.empty(size, np.uint8)
@@ -203,7 +210,7 @@ class _Decoder:
             except BlockingIOError:
                 continue
             if not count:
-                raise _DiedError(self._how_it_ended())
+                raise DecoderDiedError(self._how_it_ended())
             left = left[count:]
         return buffer
 
@@ -212,15 +219,15 @@ class _Decoder:
         poll.register(handle, event)
         remaining = deadline - time.monotonic()
         if remaining <= 0 or not poll.poll(remaining * 1000):
-            raise _TookTooLongError("did not answer")
+            raise _TooSlowError("did not answer")
 
     def _how_it_ended(self) -> str:
         code = self._process.wait()
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
-def _checked(head: bytes, limits: ImageLimits) -> _Reply | ImageError:
-    """The decoder's header as far as it can be one. Raises `_DiedError`."""
+def checked_reply(head: bytes, limits: ImageLimits) -> Reply | ImageError:
+    """The decoder's header as far as it can be one. Raises `DecoderDiedError`."""
     try:
         said: dict[str, Any] = json.loads(head)
         if "code" in said:
@@ -233,5 +240,5 @@ def _checked(head: bytes, limits: ImageLimits) -> _Reply | ImageError:
         if min(width, height) < 1 or width * height > limits.max_pixels or header.format not in limits.formats:
             raise ValueError("sizes")
     except (ValueError, KeyError, TypeError) as error:
-        raise _DiedError("gave an answer that is none") from error
-    return _Reply(header, width, height)
+        raise DecoderDiedError("gave an answer that is none") from error
+    return Reply(header, width, height)
