@@ -7,7 +7,7 @@ log of a batch job shows life too.
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
@@ -22,6 +22,9 @@ __all__ = ["config_command", "progress", "run_cli"]
 
 Advance = Callable[..., None]
 
+# One line of a log for so many, where nobody knows how many there are.
+_COUNTED = 100_000
+
 
 def run_cli(command: click.Command) -> None:
     """Runs a click command as a process: exit code 0, 1 (ours), 2 (the user's), 130 (interrupted)."""
@@ -33,35 +36,56 @@ def run_cli(command: click.Command) -> None:
         sys.exit(2)
 
 
-def config_command(config_class: str) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
-    """Makes `function(config)` the body of a click command with a TOML file, overrides and `--dry-run`.
+def config_command(
+    config_class: str,
+    flags: Mapping[str, tuple[str, str]] | None = None,
+    other_classes: Mapping[str, str] | None = None,
+) -> Callable[..., Any]:
+    """Makes `function(config, **own options)` the body of a click command with a TOML file, overrides and `--dry-run`.
 
-    `config_class` is `module:name`, imported when the command runs: `--help` needs no configuration tree.
+    `config_class` is `module:name`, imported when the command runs: `--help` needs no configuration tree. `flags` are
+    options that say the same as an override: `{"--limit": ("plan.limit", "help")}`; `other_classes` are options that
+    say that the file is of another tree: `{"--pairs": "module:PairsConfig"}`.
     """
+    own_flags, others = flags or {}, other_classes or {}
 
-    def decorate(function: Callable[[Any], None]) -> Callable[..., None]:
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @click.argument("config", type=Path, metavar="CONFIG.toml")
         @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
         @click.option("--dry-run", is_flag=True, help="Print the resolved configuration and stop.")
         @wraps(function)
-        def command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+        def command(config: Path, overrides: tuple[str, ...], dry_run: bool, **options: Any) -> None:
             from logitlake_shared.config import load_config, to_toml
 
-            module, _, name = config_class.partition(":")
-            resolved = load_config(getattr(import_module(module), name), config, overrides)
+            given = {key: options.pop(_option_name(flag)) for flag, (key, _) in own_flags.items()}
+            said = [f"{key}={value}" for key, value in given.items() if value is not None]
+            chosen = [name for flag, name in others.items() if options.pop(_option_name(flag))]
+            module, _, name = (chosen[0] if chosen else config_class).partition(":")
+            resolved = load_config(getattr(import_module(module), name), config, [*overrides, *said])
             if dry_run:
                 click.echo(to_toml(resolved), nl=False)
             else:
-                function(resolved)
+                function(resolved, **options)
 
+        for flag, (key, text) in own_flags.items():
+            metavar = key.rpartition(".")[2].upper()
+            command = click.option(flag, metavar=metavar, help=f"{text} As {key}=…")(command)
+        for flag in others:
+            command = click.option(flag, is_flag=True, help=f"CONFIG.toml is one of `{flag.lstrip('-')}`.")(command)
         return command
 
     return decorate
 
 
+def _option_name(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
 @contextmanager
-def progress(description: str, total: int, unit: str, *, after_s: float = 0.0) -> Iterator[Advance]:
+def progress(description: str, total: int | None, unit: str, *, after_s: float = 0.0) -> Iterator[Advance]:
     """Yields `advance(n, **figures)`; the figures (e.g. `errors=2`) are shown beside count, rate and time left.
+
+    Without a `total` nobody knows how much there is: it counts.
 
     With `after_s` it says no more than it must: the bar goes when the work is done, and a log begins after so many
     seconds, since a check that is over by then needs none.
@@ -75,7 +99,7 @@ def progress(description: str, total: int, unit: str, *, after_s: float = 0.0) -
         yield from _lines(description, total, unit, after_s)
 
 
-def _bar(console: Any, description: str, total: int, unit: str, *, transient: bool) -> Iterator[Advance]:
+def _bar(console: Any, description: str, total: int | None, unit: str, *, transient: bool) -> Iterator[Advance]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -104,18 +128,19 @@ def _bar(console: Any, description: str, total: int, unit: str, *, transient: bo
         yield advance
 
 
-def _lines(description: str, total: int, unit: str, after_s: float) -> Iterator[Advance]:
+def _lines(description: str, total: int | None, unit: str, after_s: float) -> Iterator[Advance]:
     meter, start = _Meter(), time.monotonic()
-    step = max(total // 10, 1)
+    step = _COUNTED if total is None else max(total // 10, 1)
+    of_total = "" if total is None else f"/{total}"
     done = shown = 0
 
     def advance(n: int = 1, **figures: object) -> None:
         nonlocal done, shown
         done += n
         text = meter.text(n, figures)
-        if (done - shown >= step or done >= total) and time.monotonic() - start >= after_s:
+        if (done - shown >= step or done == total) and time.monotonic() - start >= after_s:
             shown = done
-            click.echo(f"{description}: {done}/{total} {unit} {text}", err=True)
+            click.echo(f"{description}: {done}{of_total} {unit} {text}", err=True)
 
     yield advance
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from logitlake_schemas import TokenizerIdentity, fingerprint, sha256_hex
+from logitlake_shared.alignment import interleave
 from logitlake_shared.errors import ConfigError, DataError
 
 __all__ = ["RENDERER", "Rendered", "Renderer", "without_images"]
@@ -35,6 +36,17 @@ class Rendered:
     response_ids: Int32
     response_lengths: Int32
 
+    def with_history_as_prompt(self) -> "Rendered":
+        """One prompt segment and one response: the answers before the last are part of the prompt."""
+        ids_S, _ = interleave(self.prompt_ids, self.prompt_lengths, self.response_ids, self.response_lengths)
+        prompt_length = len(ids_S) - int(self.response_lengths[-1])
+        return Rendered(
+            prompt_ids=ids_S[:prompt_length].astype(np.int32),
+            prompt_lengths=np.array([prompt_length], np.int32),
+            response_ids=ids_S[prompt_length:].astype(np.int32),
+            response_lengths=self.response_lengths[-1:],
+        )
+
 
 class Renderer:
     """Renders with the tokenizer and chat template saved in `model_dir`. Raises `ConfigError` when they are missing."""
@@ -52,6 +64,7 @@ class Renderer:
             raise ConfigError(f"{model_dir}: the tokenizer has no chat template; add chat_template.jinja")
         if self._tokenizer.eos_token_id is None:
             raise ConfigError(f"{model_dir}: the tokenizer names no EOS token, which closes every response")
+        self.model_dir = model_dir
         self.eos_id = int(self._tokenizer.eos_token_id)
         pad_id = self._tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad_id is None else int(pad_id)

@@ -6,6 +6,7 @@ it goes on with the units that have no commit record. Everything heavy is import
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,8 @@ from logitlake_shared.cli_support import config_command, progress, run_cli
 
 if TYPE_CHECKING:
     from logitlake_schemas import CommitRecord
-    from logitlake_shared.cache_figures import CacheFigures
     from logitlake_teacher.config import CaptureConfig, PairsConfig
-    from logitlake_teacher.items import Unit
+    from logitlake_teacher.service import Prepared, Summary
 
 __all__ = ["cli", "main"]
 
@@ -28,33 +28,44 @@ def cli() -> None:
     """Let a teacher say what it knows, once, into a lake."""
 
 
-@cli.command()
-@config_command("logitlake_teacher.config:CaptureConfig")
-def plan(config: CaptureConfig) -> None:
-    """Check all data of a capture and show its units; nothing is captured."""
-    from logitlake_teacher.service import prepare
-
-    prepared = prepare(config)
-    click.echo(
-        f"{prepared.plan.dataset.num_samples} samples, {prepared.plan.num_tokens} tokens (an image counted as one), "
-        f"{len(prepared.plan.units)} units of at most {config.plan.unit_tokens} tokens"
-    )
-    click.echo(f"dataset     {prepared.spec.dataset.snapshot_sha256}")
-    click.echo(f"fingerprint {prepared.spec.fingerprint}")
+_FLAGS = {
+    "--limit": ("plan.limit", "Take this many records from the top of the data."),
+    "--shard": ("plan.shard", "i/n: do the i-th of n parts of the units; n commands fill one cache."),
+}
+_DIGEST_HELP = "Refuse to start unless the plan still has this digest (see `plan`); its first 12 digits are enough."
 
 
 @cli.command()
-@config_command("logitlake_teacher.config:CaptureConfig")
-def capture(config: CaptureConfig) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--measure", type=click.IntRange(min=1), help="Load the teacher and time it on this many units.")
+@config_command("logitlake_teacher.config:CaptureConfig", _FLAGS, {"--pairs": "logitlake_teacher.config:PairsConfig"})
+def plan(config: CaptureConfig | PairsConfig, as_json: bool, measure: int | None) -> None:
+    """Check all data and say how much there is to do and what it takes; nothing is captured."""
+    from logitlake_teacher import plan_service
+    from logitlake_teacher.planning import check_plan
+    from logitlake_teacher.planning.report import report_lines
+
+    prepared = _prepared(config)
+    rate = None if measure is None else plan_service.measure_rate(config, prepared, measure)
+    report = plan_service.report(config, prepared, rate)
+    click.echo(report.model_dump_json() if as_json else "\n".join(report_lines(report)))
+    check_plan(prepared.plan)
+
+
+@cli.command()
+@click.option("--plan-digest", help=_DIGEST_HELP)
+@config_command("logitlake_teacher.config:CaptureConfig", _FLAGS)
+def capture(config: CaptureConfig, plan_digest: str | None) -> None:
     """Capture the teacher's distribution over every response token; resumes where it was stopped."""
-    _run(config)
+    _run(config, plan_digest)
 
 
 @cli.command()
-@config_command("logitlake_teacher.config:PairsConfig")
-def pairs(config: PairsConfig) -> None:
-    """Score preferred and rejected responses with the teacher; resumes where it was stopped."""
-    _run(config)
+@click.option("--plan-digest", help=_DIGEST_HELP)
+@config_command("logitlake_teacher.config:PairsConfig", _FLAGS)
+def pairs(config: PairsConfig, plan_digest: str | None) -> None:
+    """Make preference pairs, or score those of the data, with the teacher; resumes where it was stopped."""
+    _run(config, plan_digest)
 
 
 def main() -> None:
@@ -62,48 +73,74 @@ def main() -> None:
     run_cli(cli)
 
 
-def _run(config: CaptureConfig | PairsConfig) -> None:
+def _prepared(config: CaptureConfig | PairsConfig) -> Prepared:
     from logitlake_teacher import service
 
-    prepared = service.prepare(config)
+    with progress("planning", None, "records", after_s=1.0) as advance:
+        return service.prepare(config, advance)
+
+
+def _run(config: CaptureConfig | PairsConfig, plan_digest: str | None) -> None:
+    from logitlake_teacher import service
+    from logitlake_teacher.executors import RunStopped
+    from logitlake_teacher.planning import check_plan
+
+    prepared = _prepared(config)
+    check_plan(prepared.plan)
+    service.check_digest(prepared, plan_digest)
     cache = service.open_cache(config, prepared)
-    units = service.remaining_units(prepared, cache)
+    units = service.remaining_units(config, prepared, cache)
     what = f"{config.lake.uri}: cache {config.lake.cache!r}"
     noun = prepared.kind
-    if not units:
+    num_units = len(prepared.plan.unit_ids)
+    if not len(units):
         summary = service.summarise(cache)
         rows, snapshot = summary.figures.rows, summary.figures.snapshot
-        click.echo(f"{what}: everything is captured already ({rows} {noun}, snapshot {snapshot})")
+        left = num_units - summary.figures.units
+        done = "everything is captured already" if not left else f"this part is captured already, {left} units are not"
+        click.echo(f"{what}: {done} ({rows} {noun}, snapshot {snapshot})")
         service.check_error_rate(summary, config.max_error_rate)
         return
-    done = len(prepared.plan.units) - len(units)
-    if done:
-        click.echo(f"{what}: going on, {done} of {len(prepared.plan.units)} units are committed", err=True)
-    total = sum(len(unit.items) for unit in units)
-    with progress(f"{config.engine.type} teacher", total, noun) as advance:
+    if len(units) < num_units:
+        committed = len(cache.committed_units())
+        click.echo(f"{what}: going on, {committed} of {num_units} units are committed", err=True)
+    with progress(f"{config.engine.type} teacher", units.num_items, noun) as advance:
         started, tokens, errors = time.monotonic(), 0, 0
 
-        def on_commit(unit: Unit, record: CommitRecord) -> None:
+        def on_commit(record: CommitRecord) -> None:
             nonlocal tokens, errors
             tokens += sum(entry.tokens for entry in record.shards)
-            errors += len(record.errors)
+            errors += sum(error.is_failure for error in record.errors)
             rate = tokens / max(time.monotonic() - started, 1e-9)
-            advance(len(unit.items), tokens_per_s=f"{rate:.0f}", errors=errors)
+            advance(units.items_of(record.unit), tokens_per_s=f"{rate:.0f}", errors=errors)
 
-        seconds = service.run_units(config, prepared, units, on_commit)
+        try:
+            seconds = service.run_units(config, prepared, units, on_commit)
+        except RunStopped as stopped:
+            kept = service.summarise(cache).figures
+            click.echo(
+                f"{what}: stopped by {stopped}; {kept.units} of {num_units} units are committed and in snapshot "
+                f"{kept.snapshot}. Run the same command to go on",
+                err=True,
+            )
+            sys.exit(stopped.exit_code)
     summary = service.summarise(cache)
-    _show(what, noun, summary.figures, seconds)
+    _show(what, noun, summary, seconds)
     service.check_error_rate(summary, config.max_error_rate)
 
 
-def _show(what: str, noun: str, figures: CacheFigures, seconds: float) -> None:
+def _show(what: str, noun: str, summary: Summary, seconds: float) -> None:
+    figures = summary.figures
     said = [f"{figures.rows} {noun}", f"{figures.tokens} response tokens"]
     if figures.bytes_per_token is not None:
         said.append(f"{figures.bytes_per_token:.1f} bytes/token")
     said.append(f"{figures.image_bytes / 1e6:.1f} MB of images")
     if figures.stored_kl_mean is not None:
         said.append(f"stored KL {figures.stored_kl_mean:.1e} nats/token")
-    said += [f"{figures.errors} errors", f"{seconds:.1f} s"]
+    if summary.without_pair:
+        codes = ", ".join(f"{count} {code}" for code, count in sorted(summary.without_pair.items()))
+        said.append(f"{sum(summary.without_pair.values())} prompts without a pair ({codes})")
+    said += [f"{sum(summary.errors.values())} errors", f"{seconds:.1f} s"]
     click.echo(f"{what}, snapshot {figures.snapshot}: {', '.join(said)}")
 
 

@@ -51,7 +51,7 @@ class TeacherWorld:
             "teacher": {"model_dir": str(self.model_dir)},
             "engine": {"type": "fake"},
             "lake": {"uri": str(self.lake), "cache": command},
-            "plan": {"unit_tokens": 100},
+            "plan": {"unit_tokens": 100, "folder": str(self.folder / "plans")},
         }
         if command == "capture":
             document["data"] = [
@@ -66,6 +66,18 @@ class TeacherWorld:
         path = self.folder / name
         path.write_text(tomli_w.dumps(document), encoding="utf-8")
         return path
+
+    def plan(self, kind: Any = "samples", *sources: Any, **options: Any) -> Any:
+        """The plan of the sources (default: the LLaVA file) as they are now, for the fake teacher."""
+        from logitlake_shared.rendering import Renderer
+        from logitlake_teacher.config import FakeEngineConfig, ImagesConfig, LlavaSource, PlanConfig
+        from logitlake_teacher.engines.facts import engine_facts
+        from logitlake_teacher.planning import make_plan
+
+        own = LlavaSource(path=self.folder / "train.json", image_root=str(self.folder))
+        config = PlanConfig(**{"unit_tokens": 100, "folder": self.folder / "plans", **options})
+        facts = engine_facts(FakeEngineConfig(), self.model_dir)
+        return make_plan(kind, sources or [own], Renderer(self.model_dir), facts, config, ImagesConfig())
 
     def start(self, command: str, config: Path, *overrides: str) -> "subprocess.Popen[str]":
         """`logitlake-teacher COMMAND CONFIG OVERRIDES...` as a process of its own session."""

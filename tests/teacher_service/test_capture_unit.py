@@ -16,10 +16,10 @@ from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
 from logitlake_shared.tools.verify import verify_unit
 from logitlake_teacher.capture import capture_unit
-from logitlake_teacher.config import FakeEngineConfig, LlavaSource
+from logitlake_teacher.config import FakeEngineConfig
 from logitlake_teacher.engines import EngineSetup, ScoredSample, build_engine, identify_engine
 from logitlake_teacher.engines.fake import FakeEngine
-from logitlake_teacher.planner import Plan, plan_samples
+from logitlake_teacher.planning import Plan
 from logitlake_teacher.unit_work import requests_of
 
 CODEC = CodecPolicy(k_max=8, k_min=8, p_min=0.0, grid="exact")
@@ -30,9 +30,8 @@ class Bench:
 
     def __init__(self, world: Any) -> None:
         self.renderer = renderer = Renderer(world.model_dir)
-        source = LlavaSource(path=world.folder / "train.json", image_root=world.folder)
         self.folder: Path = world.folder
-        self.plan: Plan = plan_samples([source], renderer, 200)
+        self.plan: Plan = world.plan(unit_tokens=200)
         self.setup = EngineSetup(world.model_dir, renderer.vocab_size, renderer.eos_id, renderer.image_token_id, 8, 1)
         self.spec = CaptureSpec(
             kind="samples",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from logitlake_shared.lake import Lake
 from logitlake_shared.reader import LakeDataset, PairDataset
 
 Records = Callable[[], list[dict[str, Any]]]
@@ -44,11 +45,127 @@ def test_dry_run_prints_the_resolved_configuration(teacher_world: Any, teacher_c
 
 
 def test_plan_checks_all_data_and_captures_nothing(teacher_world: Any, teacher_command: Command) -> None:
-    """It says how much there is to do and what the cache will be called by."""
+    """It says how much there is to do and what the plan is called by; no lake is made."""
     result = teacher_command("plan", teacher_world.config())
+    assert result.code == 0, result.err
     assert "24 samples" in result.out
-    assert "fingerprint " in result.out
+    assert "plan digest " in result.out
+    assert "0 over the teacher's context" in result.out
     assert not teacher_world.lake.exists()
+
+
+def test_the_plan_counts_what_is_there(teacher_world: Any, teacher_command: Command, records: Records) -> None:
+    """By hand: six pictures of 4 tokens in 24 samples, one sample asked twice under two ids, one without a picture."""
+    changed = records()
+    changed.append({**changed[0], "id": "copy"})
+    (teacher_world.folder / "images" / "5.png").unlink()
+    teacher_world.write_records(changed)
+    result = teacher_command("plan", teacher_world.config(), "--json", "data.0.on_bad_record=skip")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    figures = report["figures"]
+    assert figures["items"] == 25
+    assert figures["problems"] == {"image_missing": 4}
+    assert figures["by_task"] == {"caption": 21}
+    assert figures["image_tokens"] == 21 * 4
+    assert figures["images"] == 5
+    assert figures["duplicates"] == 1
+    assert any("5.png" in example for example in figures["examples"])
+    assert report["remaining_units"] == figures["units"]
+    # Without the pictures, the tokens are those of prompts and responses; EOS closes each of the 21 + 5 responses.
+    assert figures["tokens"] - figures["image_tokens"] > figures["response_tokens"] > 26
+
+
+def test_the_plan_knows_what_is_captured(teacher_world: Any, teacher_command: Command) -> None:
+    """After a part of the capture it counts the units that are left, and bytes a token are measured in the cache."""
+    config = teacher_world.config()
+    assert teacher_command("capture", config, "--shard", "1/2").code == 0
+    report = json.loads(teacher_command("plan", config, "--json").out)
+    units = report["figures"]["units"]
+    assert report["committed_units"] == (units + 1) // 2
+    assert report["remaining_units"] == units - report["committed_units"]
+    assert "measured in this cache" in report["bytes_basis"]
+
+
+def test_the_plan_of_pairs(teacher_world: Any, teacher_command: Command) -> None:
+    """`plan --pairs` reads the configuration of `pairs`."""
+    result = teacher_command("plan", teacher_world.config("pairs"), "--pairs")
+    assert result.code == 0, result.err
+    assert "6 pairs" in result.out
+
+
+def test_the_plan_measures_this_machine(teacher_world: Any, teacher_command: Command) -> None:
+    """`--measure` times the real engine on units of the plan and commits nothing."""
+    config = teacher_world.config(engine={"type": "hf"}, estimate={"price_per_gpu_hour": 3.0})
+    report = json.loads(teacher_command("plan", config, "--json", "--measure", "2").out)
+    rate = report["estimate"]["rate"]
+    assert rate["basis"] == "measured"
+    assert 0 < rate["lowest"] <= rate["highest"]
+    hours = report["remaining_tokens"] / rate["highest"] / 3600
+    assert report["estimate"]["gpu_hours"][0] == pytest.approx(hours)
+    assert report["estimate"]["price"][0] == pytest.approx(3 * hours)
+    assert not teacher_world.lake.exists()
+
+
+def test_parts_of_a_plan_fill_one_cache(teacher_world: Any, teacher_command: Command) -> None:
+    """`--shard i/n` by n commands, in any order, is the capture that one command makes."""
+    whole = teacher_world.config(name="whole.toml", lake={"uri": str(teacher_world.folder / "whole")})
+    assert teacher_command("capture", whole).code == 0
+    config = teacher_world.config()
+    for shard in ("3/3", "1/3", "2/3"):
+        done = teacher_command("capture", config, "--shard", shard)
+        assert done.code == 0, done.err
+    commits = {name: data for name, data in teacher_world.contents().items() if not name.startswith("snapshots")}
+    of_whole = teacher_world.contents(lake=teacher_world.folder / "whole")
+    assert commits == {name: data for name, data in of_whole.items() if not name.startswith("snapshots")}
+    assert "this part is captured already" not in teacher_command("capture", config).out
+    assert teacher_command("capture", config, "--shard", "4/3").code == 2
+
+
+def test_a_digest_guards_the_capture(teacher_world: Any, teacher_command: Command, records: Records) -> None:
+    """What `plan` printed is accepted, its first digits too; after a change of the data it is refused."""
+    config = teacher_world.config()
+    digest = json.loads(teacher_command("plan", config, "--json").out)["plan_digest"]
+    changed = records()
+    changed[0]["conversations"][1]["value"] = "something else"
+    before = records()
+    teacher_world.write_records(changed)
+    refused = teacher_command("capture", config, "--plan-digest", digest)
+    assert refused.code == 2
+    assert digest in refused.err
+    assert not teacher_world.lake.exists()
+    teacher_world.write_records(before)
+    assert teacher_command("capture", config, "--plan-digest", digest[:12]).code == 0
+
+
+def test_bad_records_that_are_tolerated_are_counted(
+    teacher_world: Any, teacher_command: Command, records: Records
+) -> None:
+    """With `on_bad_record = "skip"` they are error rows of the cache with their place; every other sample is there."""
+    changed = records()
+    changed[4]["conversations"].pop()
+    changed[9] = {"id": "s009"}
+    teacher_world.write_records(changed)
+    refused = teacher_command("capture", teacher_world.config())
+    assert refused.code == 2
+    for part in ("2 of 24 items", "2 record_invalid", "record 4", "record 9"):
+        assert part in refused.err
+    done = teacher_command("capture", teacher_world.config(), "data.0.on_bad_record=skip", "max_error_rate=0.1")
+    assert done.code == 0, done.err
+    assert "22 samples" in done.out
+    assert "2 errors" in done.out
+    assert len(LakeDataset(teacher_world.lake, "capture")) == 22
+
+
+def test_no_data_is_a_capture_of_nothing(teacher_world: Any, teacher_command: Command) -> None:
+    """An empty list succeeds with a cache that opens and holds no row; so does the next command."""
+    teacher_world.write_records([])
+    for _ in range(2):
+        done = teacher_command("capture", teacher_world.config())
+        assert done.code == 0, done.err
+        assert "0 samples" in done.out
+    snapshot = Lake.open(teacher_world.lake).cache("capture").open_snapshot()
+    assert (snapshot.number, snapshot.commits) == (1, ())
 
 
 def test_capture_fills_the_lake_and_then_has_nothing_to_do(teacher_world: Any, teacher_command: Command) -> None:
@@ -129,11 +246,11 @@ def _override(text: str) -> Callable[[Any, Records], list[str]]:
 
 
 PLAN_MISTAKES: dict[str, tuple[Callable[[Any, Records], list[str]], tuple[str, ...]]] = {
-    "missing data file": (_missing_data, ("train.json", "No such file")),
+    "missing data file": (_missing_data, ("train.json", "no such file")),
     "bad JSON line": (_bad_json_line, ("train.jsonl: line 7", "not valid JSON")),
     "duplicate id": (_duplicate_id, ("train.json", "'s002'", "taken by", "unique")),
     "missing image": (_missing_image, ("train.json", "image_missing", "3.png")),
-    "no answer": (_no_answer, ("train.json", "'s004'", "assistant turn")),
+    "no answer": (_no_answer, ("train.json", "record 4", "assistant turn")),
     "placeholder without image": (_placeholder_without_image, ("record 9", "placeholder")),
     "unknown key": (_override("plan.unit_token=5"), ("plan.unit_token", "not a known key")),
     "no such engine": (_override("engine.type=tgi"), ("engine", "tgi")),

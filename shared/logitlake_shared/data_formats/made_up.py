@@ -9,7 +9,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 from random import Random
-from types import MappingProxyType
 
 from logitlake_shared.data_formats.image_refs import ImageRef
 from logitlake_shared.data_formats.records import Conversation
@@ -24,7 +23,7 @@ _WORD = 6
 _VOCABULARY = 256
 _NUM_TEXTS = 4096
 """distinct questions, their numbers left out, and distinct answers"""
-_NOTHING: MappingProxyType[str, object] = MappingProxyType({})
+_NOTHING: dict[str, object] = {}
 _IMAGE_PART = {"type": "image"}
 
 

@@ -1,0 +1,168 @@
+"""Planned items as Arrow rows, and back: what a plan on disk holds.
+
+One row an item. Beside the item's own fields a row says where in the data it came from, how many tokens its images
+become, and the digests that order it, name it and find its duplicates. A unit of the plan is one record batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from logitlake_schemas import CacheKind, UnitError
+from logitlake_shared.arrow_lists import column_views, list_array
+from logitlake_shared.data_formats import ImageRef
+from logitlake_teacher.items import Item, PlannedPair, PlannedSample
+
+__all__ = ["DIGEST_BYTES", "Draft", "digest", "items_of", "plan_schema", "reference_of", "rows_of", "set_columns"]
+
+DIGEST_BYTES = 16
+_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
+_DIGEST = pa.binary(DIGEST_BYTES)
+_IMAGE_REF = pa.struct([("path", pa.string()), ("data", pa.binary()), ("uri", pa.string()), ("name", pa.string())])
+_COMMON = (
+    ("order_key", _DIGEST),  # items of one image, and equal text-only items, stand together
+    ("content_digest", _DIGEST),  # what the teacher is asked; equal for duplicates
+    ("record_digest", _DIGEST),  # everything but the images' bytes
+    ("where", pa.string()),
+    ("item_id", pa.string()),
+    ("task", pa.string()),
+    ("source", pa.string()),
+    ("split", pa.string()),
+    ("messages", pa.string()),
+    ("images", pa.list_(_IMAGE_REF)),
+    ("image_sha256", pa.list_(pa.string())),
+    ("num_image_tokens", pa.int32()),
+    ("problem_code", pa.string()),
+    ("problem_message", pa.string()),
+)
+_IDS_OF: dict[CacheKind, tuple[str, ...]] = {
+    "samples": ("prompt_ids", "prompt_lengths", "response_ids", "response_lengths"),
+    "pairs": ("prompt_ids", "chosen_ids", "rejected_ids"),
+}
+_QUESTION_OF: dict[CacheKind, tuple[str, ...]] = {
+    "samples": ("prompt_ids", "response_ids"),
+    "pairs": ("prompt_ids", "chosen_ids", "rejected_ids"),
+}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An item whose images nobody has looked at yet, and the place in the data that it came from."""
+
+    where: str
+    item: Item
+
+
+def plan_schema(kind: CacheKind) -> pa.Schema:
+    """The columns of a plan's rows."""
+    return pa.schema([*_COMMON, *((name, _IDS) for name in _IDS_OF[kind])])
+
+
+def rows_of(kind: CacheKind, drafts: Sequence[Draft]) -> pa.RecordBatch:
+    """The drafts as rows; digests are computed here, images still have no sha256 and no tokens."""
+    items = [draft.item for draft in drafts]
+    messages = [json.dumps(item.messages, ensure_ascii=False) for item in items]
+    contents = [digest(*(getattr(item, name).tobytes() for name in _QUESTION_OF[kind])) for item in items]
+    columns: dict[str, list[Any]] = {
+        "order_key": [_order_key(item, content) for item, content in zip(items, contents, strict=True)],
+        "content_digest": contents,
+        "record_digest": [_record_digest(kind, *own) for own in zip(items, messages, strict=True)],
+        "where": [draft.where for draft in drafts],
+        "item_id": [item.item_id for item in items],
+        "task": [item.task for item in items],
+        "source": [item.source for item in items],
+        "split": [item.split for item in items],
+        "messages": messages,
+        "images": [[_row_of(image) for image in item.images] for item in items],
+        "image_sha256": [item.image_sha256 for item in items],
+        "num_image_tokens": [0] * len(items),
+        "problem_code": [item.problem.code if item.problem else None for item in items],
+        "problem_message": [item.problem.message if item.problem else None for item in items],
+        **{name: [getattr(item, name) for item in items] for name in _IDS_OF[kind]},
+    }
+    schema = plan_schema(kind)
+    return pa.RecordBatch.from_arrays([list_array(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+def set_columns(table: pa.Table, **columns: pa.Array) -> pa.Table:
+    """The table with these columns in the place of its own."""
+    for name, values in columns.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), values)
+    return table
+
+
+def items_of(kind: CacheKind, rows: pa.Table) -> tuple[Item, ...]:
+    """The inverse of `rows_of`, images and problems included. Arrays are views of the table's memory."""
+    columns = {name: column_views(rows.column(name)) for name in rows.schema.names}
+    make = _sample if kind == "samples" else _pair
+    return tuple(make(columns, row) for row in range(rows.num_rows))
+
+
+def _sample(columns: dict[str, Any], row: int) -> PlannedSample:
+    return PlannedSample(
+        sample_id=columns["item_id"][row],
+        prompt_lengths=columns["prompt_lengths"][row],
+        response_ids=columns["response_ids"][row],
+        response_lengths=columns["response_lengths"][row],
+        **_common(columns, row),
+    )
+
+
+def _pair(columns: dict[str, Any], row: int) -> PlannedPair:
+    return PlannedPair(
+        pair_id=columns["item_id"][row],
+        chosen_ids=columns["chosen_ids"][row],
+        rejected_ids=columns["rejected_ids"][row],
+        **_common(columns, row),
+    )
+
+
+def _common(columns: dict[str, Any], row: int) -> dict[str, Any]:
+    code = columns["problem_code"][row]
+    return {
+        "task": columns["task"][row],
+        "source": columns["source"][row],
+        "split": columns["split"][row],
+        "messages": json.loads(columns["messages"][row]),
+        "prompt_ids": columns["prompt_ids"][row],
+        "images": tuple(reference_of(record) for record in columns["images"][row]),
+        "image_sha256": tuple(columns["image_sha256"][row]),
+        "problem": None
+        if code is None
+        else UnitError(sample_id=columns["item_id"][row], code=code, message=columns["problem_message"][row]),
+    }
+
+
+def _order_key(item: Item, content: bytes) -> bytes:
+    return digest(*(image.key.encode() for image in item.images)) if item.images else content
+
+
+def _record_digest(kind: CacheKind, item: Item, messages: str) -> bytes:
+    texts = (item.item_id, item.task, item.source, item.split, messages)
+    return digest(*(text.encode() for text in texts), *(getattr(item, name).tobytes() for name in _IDS_OF[kind]))
+
+
+def digest(*parts: bytes) -> bytes:
+    """Over the parts and their lengths, so that nothing can move from one part to its neighbour unseen."""
+    running = hashlib.sha256()
+    for part in parts:
+        running.update(len(part).to_bytes(8, "little"))
+        running.update(part)
+    return running.digest()[:DIGEST_BYTES]
+
+
+def reference_of(record: dict[str, Any]) -> ImageRef:
+    """The image reference in a row."""
+    path = record["path"]
+    return ImageRef(**{**record, "path": None if path is None else Path(path)})
+
+
+def _row_of(image: ImageRef) -> dict[str, Any]:
+    path = None if image.path is None else str(image.path)
+    return {"path": path, "data": image.data, "uri": image.uri, "name": image.name}

@@ -1,0 +1,118 @@
+"""The units of a plan as one Arrow file: record batch i is unit i, read when its turn comes.
+
+Beside it stands an index (id, items, tokens of each unit), small enough for memory at any size of plan.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.ipc
+
+from logitlake_schemas import CacheKind
+from logitlake_teacher.items import Unit
+from logitlake_teacher.planning.rows import items_of
+
+__all__ = ["UnitsFile", "UnitsWriter"]
+
+# Digits of a unit's content digest in its name. Its number comes first, so that names sort as the plan does.
+_UNIT_DIGITS = 12
+_OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
+_UNITS, _INDEX = "units.arrow", "index.arrow"
+
+
+class UnitsWriter:
+    """Takes rows in order and cuts them into units at the budget, between two images where that is possible."""
+
+    def __init__(self, folder: Path, schema: pa.Schema, unit_tokens: int) -> None:
+        self._folder = folder
+        self._unit_tokens = unit_tokens
+        self._writer = pa.ipc.new_file(folder / _UNITS, schema, options=_OPTIONS)
+        self._pending: list[pa.Table] = []
+        self._pending_digests: list[bytes] = []
+        self._pending_tokens = 0
+        self._ids: list[str] = []
+        self._num_items: list[int] = []
+        self._num_tokens: list[int] = []
+
+    @property
+    def num_units(self) -> int:
+        """Units so far; all of them once the writer is closed."""
+        return len(self._ids)
+
+    def __enter__(self) -> "UnitsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._flush()
+        self._writer.close()
+        index = pa.table({"unit_id": self._ids, "num_items": self._num_items, "num_tokens": self._num_tokens})
+        with pa.ipc.new_file(self._folder / _INDEX, index.schema) as writer:
+            writer.write_table(index)
+
+    def add(self, rows: pa.Table, length_N: npt.NDArray[np.int64], digests: Sequence[bytes]) -> None:
+        """The next rows in order, with the tokens and the digest of each item."""
+        start = 0
+        for first, stop in self._groups(rows, length_N):
+            tokens = int(length_N[first:stop].sum())
+            if self._pending_tokens + tokens > self._unit_tokens:
+                self._take(rows, start, first, digests)
+                self._flush()
+                start = first
+            self._pending_tokens += tokens
+        self._take(rows, start, rows.num_rows, digests)
+
+    def _groups(self, rows: pa.Table, length_N: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Rows that share an order key, as long as they fit a unit together; else one by one."""
+        if not rows.num_rows:
+            return []
+        keys = np.asarray(rows.column("order_key").to_pylist(), dtype=object)
+        borders = [0, *(np.flatnonzero(keys[1:] != keys[:-1]) + 1).tolist(), rows.num_rows]
+        groups: list[tuple[int, int]] = []
+        for first, stop in pairwise(borders):
+            together = int(length_N[first:stop].sum()) <= self._unit_tokens
+            groups += [(first, stop)] if together else [(place, place + 1) for place in range(first, stop)]
+        return groups
+
+    def _take(self, rows: pa.Table, start: int, stop: int, digests: Sequence[bytes]) -> None:
+        if stop > start:
+            self._pending.append(rows.slice(start, stop - start))
+            self._pending_digests += digests[start:stop]
+
+    def _flush(self) -> None:
+        if self._pending:
+            (batch,) = pa.concat_tables(self._pending).combine_chunks().to_batches()
+            content = hashlib.sha256(b"".join(self._pending_digests)).hexdigest()
+            self._ids.append(f"{len(self._ids):06d}-{content[:_UNIT_DIGITS]}")
+            self._num_items.append(batch.num_rows)
+            self._num_tokens.append(self._pending_tokens)
+            self._writer.write_batch(batch)
+        self._pending, self._pending_digests, self._pending_tokens = [], [], 0
+
+
+class UnitsFile(Sequence[Unit]):
+    """The units of a plan, each read when it is asked for; nothing is kept."""
+
+    def __init__(self, folder: Path, kind: CacheKind) -> None:
+        self._kind = kind
+        self._reader = pa.ipc.open_file(pa.memory_map(str(folder / _UNITS)))
+        with pa.ipc.open_file(folder / _INDEX) as reader:
+            index = reader.read_all()
+        self.ids: list[str] = index.column("unit_id").to_pylist()
+        self.num_items: list[int] = index.column("num_items").to_pylist()
+        self.num_tokens: list[int] = index.column("num_tokens").to_pylist()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, place: int) -> Unit:  # type: ignore[override]  # units are asked for one at a time
+        unit_id = self.ids[place]
+        rows = pa.Table.from_batches([self._reader.get_batch(place % len(self.ids))])
+        return Unit(unit_id, items_of(self._kind, rows))
