@@ -32,7 +32,7 @@ class CacheFigures:
     bytes_per_token: float | None
     """bytes of the row shards a response token; images are stored once and not counted. None without tokens"""
     errors: int
-    """samples or pairs that could not be captured"""
+    """samples or pairs that are not there, with a code: what failed, and prompts of which no pair was made"""
     stored_kl_mean: float | None
     """mean KL(captured‖stored) in nats a token; none where no top-k is stored (pairs, draws)"""
     stored_kl_max: float | None

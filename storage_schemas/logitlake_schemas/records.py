@@ -273,9 +273,14 @@ class UnitError(Record):
 
     sample_id: str
     code: str
-    """stable, for machines: `image_decode`, `prompt_too_long`, …"""
+    """stable, for machines: `image_decode`, `prompt_too_long`, …; `pair_…` says why a prompt gave no pair"""
     message: str
     """for people"""
+
+    @property
+    def is_failure(self) -> bool:
+        """Not where the teacher answered a prompt, and no pair could be made of its answers."""
+        return not self.code.startswith("pair_")
 
 
 class StoredError(Record):

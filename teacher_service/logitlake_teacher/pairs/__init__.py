@@ -21,7 +21,14 @@ from logitlake_teacher.pairs.make import PairMaker
 from logitlake_teacher.pairs.score import PairScorer
 from logitlake_teacher.pairs.unit import PairProducer, capture_pairs_unit
 
-__all__ = ["PAIRS_CODEC", "PairMaker", "PairProducer", "PairScorer", "capture_pairs_unit", "pair_producer"]
+__all__ = [
+    "PAIRS_CODEC",
+    "PairMaker",
+    "PairProducer",
+    "PairScorer",
+    "capture_pairs_unit",
+    "pair_producer",
+]
 
 PAIRS_CODEC = CodecPolicy(k_max=1, k_min=1, p_min=0.0, grid="exact")
 """The codec of every cache of pairs: one entry a token is captured, for the check, and none is stored."""

@@ -22,7 +22,7 @@ from logitlake_teacher.engines import Engine, Generation, SampleProblem, Samplin
 from logitlake_teacher.engines.base import seed_of
 from logitlake_teacher.items import Item, PlannedSample, single_turn
 from logitlake_teacher.pairs.candidates import Candidate, usable
-from logitlake_teacher.pairs.judge import Judge, Judged
+from logitlake_teacher.pairs.judge import JUDGE_K, Judge, Judged
 from logitlake_teacher.pairs.ranking import agreement, visual_advantage
 from logitlake_teacher.pairs.score import Float32, Response, label_logprobs, no_image_prompt
 from logitlake_teacher.pairs.selection import NoPair, Rated, SelectedPair, select
@@ -82,6 +82,8 @@ class PairMaker:
         self._options = options
         self._renderer = renderer
         self._judge = Judge(options.ranking, renderer) if isinstance(options.ranking, JudgeRanking) else None
+        self.k = 1 if self._judge is None else min(JUDGE_K, renderer.vocab_size)
+        """entries a token that the engine is to be set up for"""
         self._sampling = Sampling(
             max_new_tokens=options.max_new_tokens,
             n=options.num_candidates,
