@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitlake_schemas import CaptureSpec, GenerateMode, UnitError
-from logitlake_shared.alignment import interleave
 from logitlake_shared.images import DecodedImage
 from logitlake_shared.rendering import Renderer, without_images
 from logitlake_shared.topk import DrawnRows, TeacherRows
@@ -132,13 +131,14 @@ def _with_no_image_pass(
 def _no_image_request(sample: PlannedSample, renderer: Renderer) -> ScoreRequest:
     """The same responses after prompts without a trace of the images: no placeholder, and no mark around one."""
     rendered = renderer.render(without_images(sample.messages))
-    prompt_ids, prompt_lengths = rendered.prompt_ids, rendered.prompt_lengths
-    if len(sample.prompt_lengths) < len(prompt_lengths):  # the answers before the last are part of the prompt
-        ids_S, _ = interleave(prompt_ids, prompt_lengths, rendered.response_ids, rendered.response_lengths)
-        prompt_ids = ids_S[: len(ids_S) - rendered.response_lengths[-1]].astype(np.int32)
-        prompt_lengths = np.array([len(prompt_ids)], np.int32)
+    if len(sample.prompt_lengths) < len(rendered.prompt_lengths):
+        rendered = rendered.with_history_as_prompt()
     return ScoreRequest(
-        f"{sample.sample_id}/no_image", prompt_ids, prompt_lengths, sample.response_ids, sample.response_lengths
+        f"{sample.sample_id}/no_image",
+        rendered.prompt_ids,
+        rendered.prompt_lengths,
+        sample.response_ids,
+        sample.response_lengths,
     )
 
 

@@ -272,7 +272,7 @@ def student_lake(tiny_teacher: Path, student_data: Path, tmp_path_factory: pytes
     for config in (samples, pairs):
         prepared = prepare(config)
         cache = open_cache(config, prepared)
-        run_units(config, prepared, remaining_units(prepared, cache), lambda *_: None)
+        run_units(config, prepared, remaining_units(config, prepared, cache), lambda *_: None)
         assert not summarise(cache).figures.errors
     lake = Lake.open(folder)
     lake.create_cache("empty", lake.cache("main").spec)

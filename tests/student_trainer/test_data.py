@@ -1,8 +1,9 @@
 """Rows of the lake become batches: the order, the alignment, the padding, and what is refused before the first step."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from logitlake_shared.pixels import load_pixels
 from logitlake_shared.reader import LakeDataset, PairDataset
 from logitlake_shared.reader.order import Layout
 from logitlake_shared.rendering import Renderer
+from logitlake_shared.topk import split
 from logitlake_student import data
 from logitlake_student.data import (
     EpochOrder,
@@ -270,3 +272,44 @@ def test_each_field_of_the_tokenizer_is_compared(
     spec = samples.spec.model_copy(update={"tokenizer": tokenizer})
     with pytest.raises(FingerprintMismatchError, match=f"{field}: {value} in the lake, .* in the student"):
         check_student_fits(spec, samples, Renderer(student_checkpoint))
+
+
+def test_an_answer_of_the_teachers_own_tokens_fits(samples: LakeDataset, student_checkpoint: Path) -> None:
+    """A teacher writes tokens that its text is not cut into, and may end before EOS: prompt and text decide."""
+    renderer = Renderer(student_checkpoint)
+    given = samples[0]
+    text = given.messages[-1]["content"]
+    letters = np.concatenate([renderer.render_response(letter)[:-1] for letter in text])
+    assert letters.tolist() != given.response_ids[:-1].tolist()
+    written = replace(
+        given,
+        response_ids=letters,
+        response_lengths=np.array([len(letters)], np.int32),
+        finish_reason="length",
+    )
+    check_student_fits(samples.spec, cast(LakeDataset, [written]), renderer)
+    with pytest.raises(FingerprintMismatchError, match="response_ids"):
+        check_student_fits(samples.spec, cast(LakeDataset, [replace(written, finish_reason="given")]), renderer)
+    for change, name in (
+        ({"response_ids": letters[:-1]}, "response_ids"),
+        ({"prompt_ids": given.prompt_ids[:-1]}, "prompt_ids"),
+    ):
+        with pytest.raises(FingerprintMismatchError, match=name):
+            check_student_fits(samples.spec, cast(LakeDataset, [replace(written, **change)]), renderer)
+
+
+def test_a_response_without_eos_is_learned_as_far_as_it_goes(samples: LakeDataset, real_inputs: StudentInputs) -> None:
+    """B7: every token that the teacher wrote is a label, and none that it did not write."""
+    given = samples[0]
+    length = len(given.response_ids) - 1
+    rows = split(given.rows, [length, 1])[0]
+    cut = replace(
+        given,
+        response_ids=given.response_ids[:-1],
+        response_lengths=np.array([length], np.int32),
+        rows=rows,
+        finish_reason="length",
+    )
+    batch = SampleCollator(real_inputs, samples.spec.codec)([cut])
+    assert batch["label_ids_R"].tolist() == given.response_ids[:-1].tolist()
+    assert len(batch["rows_R"]) == length
