@@ -19,6 +19,7 @@ __all__ = ["TableFile", "TableRow", "table_files", "table_rows"]
 _SUFFIXES = (".parquet", ".arrow")
 # Rows that are Python objects at one time; with images inside, about as many megabytes.
 _BATCH_ROWS = 64
+_BUFFER_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ def _batches(path: Path, required: Sequence[str], columns: Sequence[str] | None)
                 yield batch if wanted is None else batch.select(wanted)
         return
     with pa.OSFile(str(path)) as source:
-        # pre_buffer would hold a whole row group of images beside the batch.
-        table = pq.ParquetFile(source, pre_buffer=False)
+        # Else a whole row group of images is held beside the batch. Of a page no less than all can be read, and some
+        # writers make one page of a row group.
+        table = pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         yield from table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False)
 
 
