@@ -49,6 +49,12 @@ class Spool:
 
     def buckets(self) -> Iterator[pa.Table]:
         """All rows, sorted by order key and id, some at a time; a key is never split over two tables."""
+        if not self._writers:
+            # It all fits the buffer: one bucket, which need not be written.
+            rows, self._buffer = pa.Table.from_batches(self._buffer, self._schema), []
+            if rows.num_rows:
+                yield _sorted(rows)
+            return
         self._write()
         self._close_writers()
         for number in range(NUM_BUCKETS):
@@ -57,7 +63,7 @@ class Spool:
                 with pa.ipc.open_stream(path) as reader:
                     rows = reader.read_all()
                 path.unlink()
-                yield rows.sort_by([("order_key", "ascending"), ("item_id", "ascending")])
+                yield _sorted(rows)
 
     def _write(self) -> None:
         if not self._buffer:
@@ -85,3 +91,7 @@ class Spool:
         for writer in self._writers.values():
             writer.close()
         self._writers = {}
+
+
+def _sorted(rows: pa.Table) -> pa.Table:
+    return rows.sort_by([("order_key", "ascending"), ("item_id", "ascending")])
