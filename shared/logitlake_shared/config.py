@@ -152,6 +152,8 @@ def _explain(error: ValidationError) -> str:
         key = ".".join(str(part) for part in problem["loc"]) or "the whole configuration"
         if problem["type"] == "extra_forbidden":
             sentences.append(f"`{key}` is not a known key; remove it or check its spelling")
+        elif problem["type"] == "union_tag_not_found":
+            sentences.append(f"`{key}.type` is required and missing: it says which kind this is")
         elif problem["type"] == "missing":
             sentences.append(f"`{key}` is required and missing")
         else:
