@@ -1,11 +1,10 @@
 """What capturing a unit of samples and a unit of pairs have in common.
 
-Images are loaded once a unit and must be the ones that were planned; what the teacher returns is checked before it
-may be written; whatever fails becomes a `UnitError` with a code, never a gap.
+What the teacher returns is checked before it may be written; whatever fails becomes a `UnitError` with a code, never a
+gap.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -20,8 +19,8 @@ from logitlake_schemas import (
     layout,
 )
 from logitlake_shared.draws import check_draws
-from logitlake_shared.errors import DataError, EngineError, ImageError
-from logitlake_shared.images import DecodedImage, inspect_image
+from logitlake_shared.errors import EngineError
+from logitlake_shared.images import DecodedImage
 from logitlake_shared.lake import Cache
 from logitlake_shared.rows import LakeImage
 from logitlake_shared.teacher_checks import check_rows
@@ -31,13 +30,11 @@ from logitlake_teacher.items import Item, PlannedPair, PlannedSample, Unit
 
 __all__ = [
     "Errors",
-    "UnitImages",
     "accept",
     "committed_record",
     "crash_errors",
     "images_of",
     "in_order",
-    "load_images",
     "requests_of",
     "temperatures_of",
 ]
@@ -45,52 +42,11 @@ __all__ = [
 Errors = dict[str, UnitError]
 
 
-@dataclass(frozen=True)
-class UnitImages:
-    """The images of a unit by sha256, and why some of its items cannot be captured."""
-
-    encoded: dict[str, LakeImage] = field(default_factory=dict)
-    """as they go into the lake"""
-    decoded: dict[str, DecodedImage] = field(default_factory=dict)
-    """as the teacher sees them"""
-    errors: Errors = field(default_factory=dict)
-    """by item id: images that cannot be used, and problems that planning found"""
-
-
 def committed_record(cache: Cache, unit: Unit) -> CommitRecord | None:
     """The unit's commit record, if it has one: then there is nothing to do."""
     if cache.store.get(layout.commit_path(cache.name, unit.unit_id)) is None:
         return None
     return cache.commit(unit.unit_id)
-
-
-def load_images(items: Sequence[Item]) -> UnitImages:
-    """Loads and decodes every image of the items once.
-
-    Raises `DataError` (`input_changed`) if an image is not the one that was planned: the plan is then not the plan of
-    this data, and what would be written is not what the fingerprint says.
-    """
-    images = UnitImages()
-    for item in items:
-        if item.problem is not None:
-            images.errors[item.item_id] = item.problem
-            continue
-        try:
-            for reference, planned in zip(item.images, item.image_sha256, strict=True):
-                if planned in images.decoded:
-                    continue
-                image = inspect_image(reference.load())
-                if image.image_sha256 != planned:
-                    raise DataError(
-                        f"input_changed: image {reference.path} of {item.item_id!r} has sha256 {image.image_sha256}, "
-                        f"it was {planned} when the plan was made; restore it, or capture into a new cache"
-                    )
-                images.encoded[planned] = image
-                images.decoded[planned] = DecodedImage.of(image.data)
-        except ImageError as error:
-            code, _, message = str(error).partition(": ")
-            images.errors[item.item_id] = UnitError(sample_id=item.item_id, code=code, message=message)
-    return images
 
 
 def requests_of(item: Item, decoded: Mapping[str, DecodedImage]) -> list[ScoreRequest]:

@@ -4,6 +4,7 @@ Units may run in several threads at once: one is loaded and committed while the 
 itself is asked by one thread at a time, unless its engine says that it can be shared (`concurrent`).
 """
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,16 +13,21 @@ from typing import TypeVar
 
 from logitlake_schemas import CacheKind, CommitRecord
 from logitlake_schemas.records import EngineIdentity
+from logitlake_shared.errors import LakeConflictError
 from logitlake_shared.lake import Lake
+from logitlake_shared.rendering import Renderer
+from logitlake_teacher.answers import answers_of
 from logitlake_teacher.capture import capture_unit
-from logitlake_teacher.config import EngineConfig
+from logitlake_teacher.config import EngineConfig, ImagesConfig
 from logitlake_teacher.engines import EngineSetup, build_engine
 from logitlake_teacher.engines.base import Engine, Generation, SampleProblem, Sampling, ScoredSample, ScoreRequest
 from logitlake_teacher.items import Item, Unit
-from logitlake_teacher.pairs import capture_pairs_unit
-from logitlake_teacher.unit_work import load_images, requests_of
+from logitlake_teacher.pairs import capture_pairs_unit, pair_producer
+from logitlake_teacher.unit_images import GuardedImages
 
 __all__ = ["CaptureJob", "UnitWorker"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,14 +39,17 @@ class CaptureJob:
     cache: str
     engine: EngineConfig
     setup: EngineSetup
+    images: ImagesConfig
 
 
 class UnitWorker:
     """Captures unit after unit; each commits itself. Implements `executors.base.Worker`."""
 
     def __init__(self, job: CaptureJob) -> None:
-        self._capture = capture_pairs_unit if job.kind == "pairs" else capture_unit
         self._cache = Lake.open(job.lake_uri).cache(job.cache)
+        self._pairs = pair_producer(self._cache.spec, job.setup.model_dir) if job.kind == "pairs" else None
+        self._renderer = Renderer(job.setup.model_dir)
+        self._images = GuardedImages(job.images)
         self._engine = build_engine(job.engine, job.setup)
         self._turn: AbstractContextManager[object] = (
             nullcontext() if getattr(self._engine, "concurrent", False) else threading.Lock()
@@ -48,18 +57,31 @@ class UnitWorker:
 
     def run(self, unit: Unit, crashed: Mapping[str, str], pieces: int = 1) -> CommitRecord:
         """Captures and commits the unit; see `executors.base.Worker`."""
-        return self._capture(_SharedEngine(self._engine, self._turn, pieces), unit, self._cache, crashed)
+        engine = _SharedEngine(self._engine, self._turn, pieces)
+        try:
+            if self._pairs is not None:
+                return capture_pairs_unit(self._pairs, engine, unit, self._cache, crashed, self._images)
+            return capture_unit(engine, unit, self._cache, crashed, self._renderer, self._images)
+        except LakeConflictError as conflict:
+            # Two workers did one unit, and the teacher does not repeat itself bit for bit (bf16, another batch). What
+            # is committed is as good as ours.
+            _LOG.warning("%s", conflict)
+            return self._cache.commit(unit.unit_id)
 
     def probe(self, items: Sequence[Item]) -> None:
         """Scores the items and forgets the answers: does the teacher survive them?"""
-        images = load_images(items)
+        images = self._images(items)
         sound = [item for item in items if item.item_id not in images.errors]
         engine = _SharedEngine(self._engine, self._turn, 1)
-        engine.score([request for item in sound for request in requests_of(item, images.decoded)])
+        if self._pairs is not None:
+            self._pairs.pairs_of(engine, sound, images.decoded, self._cache.spec)
+        else:
+            answers_of(engine, sound, images.decoded, self._cache.spec, self._renderer)
 
     def close(self) -> None:
-        """Frees the engine."""
+        """Frees the engine, and what loads and decodes images."""
         self._engine.close()
+        self._images.close()
 
 
 Answer = TypeVar("Answer")
