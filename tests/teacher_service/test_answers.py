@@ -225,7 +225,7 @@ def test_an_answer_that_does_not_fit_is_an_error_row(bench: Bench) -> None:
 @pytest.mark.parametrize("codec", [EXACT, CodecPolicy(k_max=K, k_min=1)], ids=["exact", "grid"])
 def test_the_second_pass_is_the_truth_without_the_images(bench: Bench, mode: str, codec: CodecPolicy) -> None:
     """The logprob of the same tokens after a prompt that never held an image; null where there was none."""
-    options = {"mode": GenerateMode(type="generate", max_new_tokens=6)} if mode == "generate" else {}
+    options: dict[str, Any] = {"mode": GenerateMode(type="generate", max_new_tokens=6)} if mode == "generate" else {}
     spec = bench.spec(no_image_pass=True, codec=codec, **options)
     engine = fake(bench, spec)
     for sample in bench.capture(engine, bench.unit("one", "two", "text"), spec).values():
