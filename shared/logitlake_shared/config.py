@@ -211,6 +211,8 @@ def _type_name(field: FieldInfo) -> str:
 def _annotation_name(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return _code(get_args(annotation))
+    if get_origin(annotation) in (dict, Mapping):
+        return "table"
     if get_origin(annotation) is tuple:
         return f"list of {_annotation_name(get_args(annotation)[0])}"
     if arguments := get_args(annotation):
@@ -222,7 +224,8 @@ def _annotation_name(annotation: Any) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    return "" if field.default is None else f"`{json.dumps(field.default, default=str)}`"
+    default = field.get_default(call_default_factory=True, validated_data={})
+    return "" if default is None else f"`{json.dumps(default, default=str)}`"
 
 
 def _code(names: Iterable[object]) -> str:
