@@ -50,6 +50,9 @@ Route = Literal["prompt_logprobs", "span_hook"]
 
 _log = logging.getLogger(__name__)
 
+# The lowest bias that vLLM takes: e^-50 at its highest temperature.
+_NEVER = -100.0
+
 
 @dataclass(frozen=True)
 class _Prompt:
@@ -74,6 +77,8 @@ class VllmEngine:
         self._setup = setup
         self._count_image_tokens = checkpoint.num_image_tokens
         self._layout = PackedLayout(setup.k, len(setup.temperatures))
+        # A teacher that is sampled hot says `<image>`, too, and a response cannot hold an image. Rows are not touched.
+        self._banned = None if setup.image_token_id is None else {setup.image_token_id: _NEVER}
         self._identity = identify_engine(config, setup)
         self._image_version = fingerprint(
             {"processor": self._identity.image_processor_sha256, "options": _processor_options(config)}
@@ -144,6 +149,12 @@ class VllmEngine:
 
         Where the tail at other temperatures was asked for, which decoding does not tell, the candidates are scored.
         """
+        if sampling.temperature > 0 and not self._frontend.can_draw:
+            raise EngineError(
+                "on a CPU vLLM cannot draw candidates from a prompt that it may compute in pieces; set "
+                f"engine.batch_tokens (now {self._config.batch_tokens}) to at least engine.context_length "
+                f"({self._context_length + 1}), or lower the latter"
+            )
         answers: list[list[Generation] | SampleProblem | None] = [None] * len(requests)
         prompts = self._prepare_all(requests, answers, room=sampling.max_new_tokens)
         params = [
@@ -155,6 +166,7 @@ class VllmEngine:
                 seed=seed_of(sampling, prompt.request) if sampling.temperature > 0 else None,
                 logprobs=self._setup.k,
                 stop_token_ids=[self._setup.eos_id],
+                logit_bias=self._banned,
             )
             for prompt in prompts
         ]
@@ -366,8 +378,11 @@ def _engine_options(
 
 
 def _processor_options(config: VllmEngineConfig) -> dict[str, Any]:
-    """The image processor's PIL path, as in `logitlake_shared.pixels`: torchvision resamples to other pixels."""
-    return {"backend": "pil", **config.mm_processor_kwargs}
+    """The image processor's PIL path, as in `logitlake_shared.pixels`: torchvision resamples to other pixels.
+
+    By its old name: `backend="pil"` reaches the video processor of a Qwen-VL as well, which has no such path.
+    """
+    return {"use_fast": False, **config.mm_processor_kwargs}
 
 
 def _check_output(prompt: _Prompt, output: Any) -> None:

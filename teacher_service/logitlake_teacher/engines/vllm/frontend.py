@@ -40,6 +40,8 @@ class Frontend(Protocol):
 
     vocab_size: int
     """entries of the model's own vocabulary, those that no token has included"""
+    can_draw: bool
+    """whether candidates can be drawn with seeds"""
 
     def run(self, phase: Phase, prompts: Sequence[dict[str, Any]], params: Sequence[Any]) -> list[Any]:
         """A `RequestOutput` for each prompt, in order, or the exception with which vLLM refused that one.
@@ -64,6 +66,9 @@ def open_frontend(options: dict[str, Any], num_threads: int, runner: Literal["v1
     wanted = dict(_QUIET_ENVIRONMENT)
     if not torch.cuda.is_available():
         wanted |= _CPU_ENVIRONMENT
+        # On a CPU vLLM cannot draw with a seed from a prompt that it computes in pieces ("CPU Generator does not use
+        # offset"), so where a step holds every prompt whole, it must not cut any.
+        options = options | {"enable_chunked_prefill": options["max_num_batched_tokens"] < options["max_model_len"]}
     if runner == "v1":
         wanted["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     for name, value in wanted.items():
@@ -86,10 +91,20 @@ def open_frontend(options: dict[str, Any], num_threads: int, runner: Literal["v1
 
 
 def sampling_params(**options: Any) -> Any:
-    """vLLM's `SamplingParams`: one output at the end, flat lists, no text."""
+    """vLLM's `SamplingParams`: one output at the end, flat lists, no text. Raises `EngineError` if it refuses one."""
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    return SamplingParams(**options, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+    try:
+        return SamplingParams(**options, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+    except (ValueError, VLLMClientError) as error:
+        raise EngineError(f"vLLM does not sample so: {error}") from error
+
+
+def _can_draw(vllm_config: Any) -> bool:
+    from vllm.platforms import current_platform
+
+    return not (current_platform.is_cpu() and vllm_config.scheduler_config.enable_chunked_prefill)
 
 
 class InProcessFrontend:
@@ -100,6 +115,7 @@ class InProcessFrontend:
 
         self._engine: Any = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**options))
         self.vocab_size = int(self._engine.model_config.get_vocab_size())
+        self.can_draw = _can_draw(self._engine.vllm_config)
         self._lock = threading.Lock()
         self._ids = itertools.count()
         self._failure: str | None = None
@@ -161,6 +177,7 @@ class AsyncFrontend:
             self.close()
             raise
         self.vocab_size = int(self._llm.model_config.get_vocab_size())
+        self.can_draw = _can_draw(self._llm.vllm_config)
 
     def run(self, phase: Phase, prompts: Sequence[dict[str, Any]], params: Sequence[Any]) -> list[Any]:
         """See `Frontend.run`. Calls of one phase are batched together."""

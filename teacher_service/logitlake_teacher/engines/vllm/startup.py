@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from logitlake_schemas import sha256_hex
 from logitlake_shared.errors import EngineError
 from logitlake_shared.images import DecodedImage
 from logitlake_shared.topk import TeacherRows
@@ -141,4 +142,4 @@ def _ids(setup: EngineSetup, first: int, count: int) -> NDArray[np.int32]:
 
 def _image(seed: int) -> DecodedImage:
     pixels = np.random.default_rng(seed).integers(0, 256, size=(_IMAGE_SIDE, _IMAGE_SIDE, 3), dtype=np.uint8)
-    return DecodedImage(f"probe-{seed}", pixels)
+    return DecodedImage(sha256_hex(pixels.tobytes()), pixels)
