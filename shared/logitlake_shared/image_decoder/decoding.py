@@ -9,6 +9,7 @@ The file imports PIL and little else: it is also the program of the decoder proc
 
 import io
 import struct
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,6 +19,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from logitlake_shared.errors import ImageError
 
 __all__ = ["ImageHeader", "ImageLimits", "decode_image", "open_image"]
+
+# The filters of warnings belong to the whole process; headers are read by several threads.
+_WARNINGS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -56,20 +60,17 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits.DEFAULT) -> Imag
 
 def decode_with_header(data: bytes, limits: ImageLimits) -> tuple[ImageHeader, Image.Image]:
     """`decode_image`, and what the header said."""
-    with warnings.catch_warnings():
-        # PIL warns of much that is no fault of the image (a palette's transparency); what is one, it raises.
-        warnings.simplefilter("ignore")
-        try:
-            image, header = open_image(data, limits)
-            with image:
-                image.load()
-                return header, ImageOps.exif_transpose(image).convert("RGB")
-        except ImageError:
-            raise
-        except MemoryError as error:
-            raise ImageError("image_too_large: decoding it needs more memory than a decoder may have") from error
-        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, … on broken files
-            raise ImageError(f"image_decode: {_sentence(error)}") from error
+    try:
+        image, header = open_image(data, limits)
+        with image:
+            image.load()
+            return header, ImageOps.exif_transpose(image).convert("RGB")
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError("image_too_large: decoding it needs more memory than a decoder may have") from error
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, … on broken files
+        raise ImageError(f"image_decode: {_sentence(error)}") from error
 
 
 def open_image(data: bytes, limits: ImageLimits = ImageLimits.DEFAULT) -> tuple[Image.Image, ImageHeader]:
@@ -79,8 +80,8 @@ def open_image(data: bytes, limits: ImageLimits = ImageLimits.DEFAULT) -> tuple[
     # libwebp makes room for the whole canvas when it opens a file.
     _check_pixels(_webp_canvas(data), limits)
     try:
-        with warnings.catch_warnings():
-            # Our own cap is the tighter one, and it is an error.
+        with _WARNINGS, warnings.catch_warnings():
+            # PIL warns of many pixels. Our own cap is the tighter one, and it is an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=limits.formats)
     except Image.DecompressionBombError as error:

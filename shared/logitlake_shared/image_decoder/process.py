@@ -18,6 +18,7 @@ import math
 import resource
 import struct
 import sys
+import warnings
 from typing import BinaryIO
 
 from PIL import Image
@@ -76,6 +77,8 @@ def main() -> None:
     """The program."""
     given = json.loads(sys.argv[1])
     limits = ImageLimits(tuple(given["formats"]), given["max_bytes"], given["max_pixels"], given["max_frames"])
+    # PIL warns of much that is no fault of the image; what is one, it raises.
+    warnings.simplefilter("ignore")
     # Every plugin is loaded now: later no file can be opened.
     Image.init()
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
