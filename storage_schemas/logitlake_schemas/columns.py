@@ -61,7 +61,7 @@ _ORIGIN = (
         "messages",
         pa.string(),
         "row",
-        "the conversation as given: JSON list of {role, content}",
+        "the conversation: JSON list of {role, content}",
         encoding="plain",
     ),
 )
@@ -84,7 +84,12 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
         "row",
         "length of each prompt segment; one segment before each response",
     ),
-    Column("response_ids", _list(pa.int32()), "token", "token ids of all responses, each closed by EOS"),
+    Column(
+        "response_ids",
+        _list(pa.int32()),
+        "token",
+        "token ids of all responses, each closed by EOS but where `finish_reason` is `length`",
+    ),
     Column("response_lengths", _list(pa.int32()), "row", "length of each response, EOS included"),
     Column("expanded_length", pa.int32(), "row", "the teacher's sequence length, images expanded"),
     Column("image_sha256", _list(pa.string()), "row", "sha256 of each image's encoded bytes, in order"),
@@ -143,7 +148,7 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
         "finish_reason",
         pa.string(),
         "row",
-        "`given` for a teacher-forced response, else why generation ended",
+        "`given` for responses of the data; why the teacher stopped writing the last one: `stop` (EOS) or `length`",
     ),
 )
 
