@@ -9,6 +9,7 @@ the n-th; the product knows nothing of it. A test's id names what is broken and 
     A6  power loss                     test_power_loss       A14 object store faults       test_object_store
     A7-10 damaged shards               test_damage           A16 collection, readers       test_gc_and_readers
     A11, E2 other and half formats     test_formats          A17-19 the catalog            test_catalog_faults
+    B1, B2, B10 a teacher killed       test_teacher_kills
                                                              A20, 21 places and clocks     test_places_and_clocks
 
 Here are the shim, compiled once a run, the warm process whose children it breaks, and the small capture they do.

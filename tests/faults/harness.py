@@ -100,13 +100,15 @@ class Workers:
     shim: Path
     folder: Path
     """for reports and logs; outside every root"""
+    script: Path = _WORKER
+    """what the warm process runs: `worker.py`, or a script that adds jobs to it"""
     _started: int = 0
     _process: subprocess.Popen[str] = field(init=False)
 
     def __post_init__(self) -> None:
         environment = {**os.environ, "LD_PRELOAD": str(self.shim), "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, str(_WORKER)],
+            [sys.executable, str(self.script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -7,18 +7,19 @@ I10 what a stopped writer leaves is never data, and collection names it
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from logitlake_shared.errors import LakeFormatError
+from logitlake_shared.errors import LakeError, LakeFormatError
 from logitlake_shared.lake import Lake, UnitResult
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.tools.gc import find_garbage
 from logitlake_shared.tools.verify import CacheCheck, Finding
 
-__all__ = ["assert_finished", "assert_nothing_torn", "findings", "tree"]
+__all__ = ["assert_counted_once", "assert_finished", "assert_nothing_torn", "findings", "tree"]
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -60,6 +61,33 @@ def assert_nothing_torn(root: Path, acknowledged: Iterable[str] = (), snapshots:
             assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.bytes, entry.sha256)
     leftovers = {name for name in tree(root) if "#" in name}
     assert leftovers <= {garbage.path for garbage in find_garbage(lake, grace_s=0)}, "a leftover that gc cannot see"
+
+
+def assert_counted_once(root: Path, planned: Mapping[str, Sequence[str]]) -> int:
+    """Each planned sample is a row, an error with a code, or pending, and only one of these (I3, I4, I8).
+
+    `planned`: the sample ids of each unit. Returns how many are pending.
+    """
+    try:
+        cache = Lake.open(root).cache("main")
+    except LakeError:
+        return sum(map(len, planned.values()))
+    pending = 0
+    for unit, ids in planned.items():
+        if unit not in cache.committed_units():
+            pending += len(ids)
+            continue
+        commit = cache.commit(unit)
+        rows = [
+            sample_id
+            for entry in commit.shards
+            if entry.kind == "samples"
+            for sample_id in cache.read(entry, ["sample_id"]).column("sample_id").to_pylist()
+        ]
+        assert Counter([*rows, *(error.sample_id for error in commit.errors)]) == Counter(ids), unit
+        assert all(error.code and error.message for error in commit.errors)
+    assert cache.committed_units() <= planned.keys()
+    return pending
 
 
 def assert_finished(root: Path, units: Sequence[UnitResult], expected: dict[str, bytes]) -> None:

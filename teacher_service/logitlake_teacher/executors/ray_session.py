@@ -30,7 +30,8 @@ _TOUCHED_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_CLIENT_MODE", "RAY
 def import_ray() -> Any:
     """The module. Raises `ConfigError` where it is not installed."""
     try:
-        import ray
+        with _restored():
+            import ray
     except ImportError as error:
         raise ConfigError(
             f"executor.type is 'ray', but Ray cannot be imported: {error}; install logitlake[teacher-hf], or use "
