@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from logitlake_schemas import COLUMNS, CaptureSpec, ShardKind
 from logitlake_shared.catalog import Catalog
@@ -16,6 +17,10 @@ from logitlake_shared.lake import Cache, Lake, UnitResult
 from logitlake_shared.reader import LakeDataset, PairDataset
 from logitlake_shared.rows import LakeSample, pairs_from_table, pairs_to_table, samples_from_table, samples_to_table
 from logitlake_shared.shards import Shard, write_shard
+from logitlake_shared.tools.inspect_sample import SampleView, find_sample, view_sample
+from logitlake_shared.tools.inspect_text import print_sample
+from logitlake_shared.tools.stats import GroupStats, cache_stats
+from logitlake_shared.tools.stats_text import figure_rows
 
 MakeUnit = Callable[..., UnitResult]
 NO_IMAGE_T = np.array([-1.0, -2.0, -3.0, -4.0], np.float32)
@@ -132,6 +137,62 @@ def test_pairs_without_them_are_read(tmp_path: Path, capture_spec: CaptureSpec, 
     with Catalog(Lake(cache.store)) as catalog:
         (row,) = catalog.query("SELECT * FROM pairs").to_pylist()
     assert {row[name] for name in OPTIONAL["pairs"]} == {None}
+
+
+def test_inspect_shows_what_the_image_adds(cache: Cache) -> None:
+    """Beside each token's logprob, and only for a sample where it was captured."""
+    lake = Lake(cache.store)
+    captured, plain = (view_sample(find_sample(lake, name), None, "") for name in ("sample-0020", "sample-0010"))
+    tokens = captured.responses[0].tokens
+    assert [token.logprob_no_image for token in tokens] == NO_IMAGE_T.tolist()
+    assert {token.logprob_no_image for token in plain.responses[0].tokens} == {None}
+    shown = _shown(captured)
+    assert "image adds" in shown
+    for token, no_image in zip(tokens, NO_IMAGE_T.tolist(), strict=True):
+        assert f"{token.logprob - no_image:.3f}" in shown
+    assert "image adds" not in _shown(plain)
+
+
+def test_inspect_shows_how_a_pair_was_made(
+    tmp_path: Path, capture_spec: CaptureSpec, make_pair_unit: Callable[[int], UnitResult]
+) -> None:
+    """The ratings stand beside the names, and the text that says how on a line of its own."""
+    cache = Lake.create(tmp_path / "lake").create_cache("pairs", capture_spec.model_copy(update={"kind": "pairs"}))
+    unit = make_pair_unit(1)
+    made = replace(unit.pairs[0], made_by='{"by":"judge"}', chosen_rating=1.5, rejected_rating=-0.25)
+    cache.publish_unit(replace(unit, pairs=[made]))
+    cache.snapshot()
+    view = view_sample(find_sample(Lake(cache.store), "pair-0001"), None, "")
+    assert [response.rating for response in view.responses] == [1.5, -0.25]
+    shown = _shown(view)
+    assert 'made by  {"by":"judge"}' in shown
+    assert "rating 1.500" in shown
+    assert "rating -0.250" in shown
+
+
+def test_stats_are_over_the_tokens_that_have_it(cache: Cache, tmp_path: Path) -> None:
+    """The mean of what was captured, no zero for what was not, and no column where nothing was."""
+    with Catalog(Lake(cache.store)) as catalog:
+        by_task = cache_stats(catalog, "main")
+        by_split = cache_stats(catalog, "main", by="split")
+    dataset = LakeDataset(tmp_path / "lake", "main")
+    sample = dataset[dataset.ids().index("sample-0020")]
+    expected = float((sample.rows.label_logprob_T - NO_IMAGE_T).mean())
+    assert isinstance(by_task.total, GroupStats)
+    assert by_task.total.visual_advantage_mean == pytest.approx(expected, rel=1e-6)
+    captured = {group.name: group for group in by_split.groups if isinstance(group, GroupStats)}
+    assert captured["test"].visual_advantage_mean == pytest.approx(expected, rel=1e-6)
+    assert captured["train"].visual_advantage_mean is None
+    headings, rows = figure_rows(by_split)
+    assert [row[headings.index("image adds, nats")] for row in rows] == [f"{expected:.4f}", "", f"{expected:.4f}"]
+    without = replace(by_split, total=replace(by_task.total, visual_advantage_mean=None), groups=(captured["train"],))
+    assert "image adds, nats" not in figure_rows(without)[0]
+
+
+def _shown(view: SampleView) -> str:
+    text = StringIO()
+    print_sample(view, console=Console(file=text, width=160))
+    return text.getvalue()
 
 
 def _with_everything(sample: LakeSample) -> LakeSample:
