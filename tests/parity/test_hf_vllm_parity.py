@@ -27,20 +27,21 @@ DIGIT_SCENES_TEACHER = Path(__file__).parents[2] / "examples" / "digit_scenes" /
 CONVERSATIONS: tuple[tuple[tuple[int, int] | None, tuple[str, ...]], ...] = (
     ((32, 32), ("What is in the picture?", "A red seven at the top left and a blue two.")),
     ((32, 32), ("How many digits are there?", "three", "Is there a green four?", "no")),
-    # Another size than the tower's: both sides must resample to the same pixels.
+    # Another size than the tower's: both sides must resample to the same pixels, and count the same tokens.
     ((50, 41), ("Which colour is the seven?", "red")),
+    ((20, 75), ("Which colour is the two?", "blue")),
     ((32, 32), ("Read the digits.", "Unexpected words: ünïcödé, 1234567890!")),
     (None, ("Is there a seven?", "There is no picture to look at.")),
 )
 
 
-@pytest.fixture(params=["tiny", "digit_scenes"])
+@pytest.fixture(params=["tiny_teacher", "tiny_qwen_vl", "digit_scenes"])
 def teacher_dir(request: pytest.FixtureRequest) -> Path:
-    """A random LLaVA, and the trained teacher of the demo."""
-    if request.param == "tiny":
-        folder: Path = request.getfixturevalue("tiny_teacher")
-        return folder
-    return DIGIT_SCENES_TEACHER
+    """A random LLaVA, a random Qwen3-VL, and the trained teacher of the demo."""
+    if request.param == "digit_scenes":
+        return DIGIT_SCENES_TEACHER
+    folder: Path = request.getfixturevalue(request.param)
+    return folder
 
 
 def conversation(renderer: Renderer, number: int) -> ScoreRequest:
@@ -74,7 +75,7 @@ def conversation(renderer: Renderer, number: int) -> ScoreRequest:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # vLLM and torch's compiler warn about themselves while they load
 def test_every_response_row_agrees(teacher_dir: Path) -> None:
-    """Label logprobs, label ranks and the K best logprobs of every response token, within PARITY_TOLERANCE."""
+    """Label logprobs, label ranks, the K best and the tail of every response token, within PARITY_TOLERANCE."""
     if importlib.util.find_spec("vllm") is None:
         if os.environ.get("LOGITLAKE_REQUIRE_VLLM") == "1":
             pytest.fail("LOGITLAKE_REQUIRE_VLLM=1, but vLLM is not installed")
@@ -88,7 +89,8 @@ def test_every_response_row_agrees(teacher_dir: Path) -> None:
             assert isinstance(one, ScoredSample), one
             assert isinstance(other, ScoredSample), other
             assert one.expanded_length == other.expanded_length
-            for name in ("label_logprob_T", "topk_logprobs_TK"):
+            # The span hook's tail is exact, as transformers' is.
+            for name in ("label_logprob_T", "topk_logprobs_TK", "log_tail_mass_T"):
                 np.testing.assert_allclose(
                     getattr(one.rows, name), getattr(other.rows, name), atol=PARITY_TOLERANCE, rtol=0, err_msg=name
                 )
