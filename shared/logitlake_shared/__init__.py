@@ -4,8 +4,11 @@ errors        one tree of errors
 config        strict configuration trees from TOML and dotted overrides
 alignment     which position predicts which token; decided here and nowhere else
 rendering     how a conversation becomes prompt and response token ids
-data_formats  LLaVA JSON and RLAIF-V Parquet, read and checked
-images        guarded decoding, and pixels as the checkpoint's own processor makes them
+data_formats  LLaVA, OpenAI, RLAIF-V and Hugging Face datasets, streamed and checked
+images        images under guard: loaded from where they may come, decoded in processes of their own
+image_decoder checking and decoding one image, and the program of such a process
+fetch         one image over https from an allowed host, with `public_addresses`
+pixels        what a model makes of an image, by the checkpoint's own processor
 topk          the top-k codec: grid, adaptive k, tail mass and what bounds it, stored error
 draws         the other codec: counts of draws from the full distribution
 store         objects in a folder, in memory or in an object store, behind one interface

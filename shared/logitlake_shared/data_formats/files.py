@@ -60,7 +60,7 @@ class InputState:
 
 @dataclass
 class InputLog:
-    """Every file that a stream has read so far, in order."""
+    """Every file that a stream has read so far, to its end or to the last record that was wanted, in order."""
 
     files: list[InputState] = field(default_factory=list)
 
@@ -139,8 +139,8 @@ def json_records(file: InputFile, log: InputLog | None = None) -> Iterator[JsonR
 
     In a list, a fault of syntax ends the file: where the next record begins is no longer known.
     """
+    sha256, status = None, file.path.stat()
     try:
-        status = file.path.stat()
         with _HashedFile(file.path) as raw, io.BufferedReader(cast(io.RawIOBase, raw), _CHUNK_BYTES) as text:
             if text.peek(len(_BOM)).startswith(_BOM):
                 text.read(len(_BOM))
@@ -148,11 +148,14 @@ def json_records(file: InputFile, log: InputLog | None = None) -> Iterator[JsonR
                 yield from _lines(file, text)
             else:
                 yield from _list_items(file, text)
-            whole = not text.read(1)
+            if not text.read(1):
+                sha256 = raw.hexdigest()
     except OSError as error:
         raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
-    if log is not None:
-        log.files.append(InputState(file.path, status.st_size, status.st_mtime_ns, raw.hexdigest() if whole else None))
+    finally:
+        # Also of a file whose reader has seen enough.
+        if log is not None:
+            log.files.append(InputState(file.path, status.st_size, status.st_mtime_ns, sha256))
 
 
 class _HashedFile(io.RawIOBase):

@@ -3,8 +3,8 @@
     python -m logitlake_shared.image_decoder.process <limits as JSON>
 
 It is started afresh, with an empty environment; before it reads its first byte it takes from itself whatever decoding
-does not need: memory beyond a cap, files (none can be opened for writing), child processes, core dumps. For each image
-it gives itself a little more processor time. The protocol is length-prefixed bytes both ways, nothing is unpickled:
+does not need: memory beyond a cap, every file and socket but its two pipes, core dumps. For each image it gives itself
+a little more processor time. The protocol is length-prefixed bytes both ways, nothing is unpickled:
 
     out  READY, once
     in   <length:8> encoded bytes
@@ -62,7 +62,6 @@ def restrict(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     # The three standard streams are open; nothing else can be, no file and no socket.
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 
