@@ -29,6 +29,8 @@ def column_views(column: pa.ChunkedArray) -> Any:
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # an empty table has no chunk to combine
         return []
+    if array.null_count == len(array):
+        return [None] * len(array)
     if not (pa.types.is_list(array.type) and pa.types.is_primitive(array.type.value_type)):
         return array.to_pylist()
     # `values` and not `flatten`: the offsets count from the beginning of the whole buffer.

@@ -200,6 +200,14 @@ class _Views:
 class SampleViews(_Views):
     """The samples of a table, one at a time."""
 
+    def __init__(self, table: pa.Table) -> None:
+        super().__init__(table)
+        self._tails = {
+            temperature: self._columns[name]
+            for temperature, name in TAIL_COLUMNS.items()
+            if table.column(name).null_count < table.num_rows
+        }
+
     def item(self, row: int, images: tuple[bytes, ...] = ()) -> LakeSample:
         """Sample `row` with its encoded images."""
         columns = self._columns
@@ -224,9 +232,7 @@ class SampleViews(_Views):
                 log_tail_mass_T=columns["log_tail_mass"][row],
                 entropy_T=columns["entropy"][row],
                 log_tails_T={
-                    temperature: columns[name][row]
-                    for temperature, name in TAIL_COLUMNS.items()
-                    if columns[name][row] is not None
+                    temperature: tails[row] for temperature, tails in self._tails.items() if tails[row] is not None
                 },
             ),
             finish_reason=columns["finish_reason"][row],
