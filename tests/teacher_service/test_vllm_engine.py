@@ -33,6 +33,7 @@ from logitlake_teacher.engines import (
     ScoredSample,
     ScoreRequest,
     build_engine,
+    identify_engine,
 )
 from logitlake_teacher.engines.vllm import VllmEngine, span_hook
 
@@ -364,6 +365,28 @@ def test_what_vllm_does_not_sample_is_an_error(padded_engine: VllmEngine, padded
     """Its own limit of the temperature, in its own words."""
     with pytest.raises(EngineError, match=r"temperature must be in \[0, 2\], got 20"):
         padded_engine.generate([without_response(padded_request)], Sampling(max_new_tokens=4, temperature=20.0))
+
+
+def test_options_of_the_image_processor_reach_it(setup: EngineSetup, hf_engine: Engine, ask: Ask) -> None:
+    """Told of fewer pixels, vLLM makes fewer tokens of a big picture, as many as we count; a small one stays as it was.
+
+    Another identity, too: the numbers are others.
+    """
+    small = VllmEngineConfig(mm_processor_kwargs={"max_pixels": 8 * 64})
+    big = ask("big", ["what is in the picture?", "a red seven"], picture(64, 32, 9))
+    tiny = ask("tiny", ["what is in the picture?", "a red seven"], picture(16, 16, 10))
+    default, same = hf_engine.score([big, tiny])
+    engine = build_engine(small, setup)
+    try:
+        fewer, equal = engine.score([big, tiny])
+        assert isinstance(default, ScoredSample)
+        assert isinstance(fewer, ScoredSample)
+        # 64x32 pixels are 32 tokens of 8x8; of 8 x 64 pixels they leave 8.
+        assert default.expanded_length - fewer.expanded_length == 32 - 8
+        assert_close(rows_of(same), rows_of(equal), PARITY_TOLERANCE)
+        assert engine.describe() != identify_engine(VllmEngineConfig(), setup)
+    finally:
+        engine.close()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ is asked about.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -41,8 +42,11 @@ class TeacherCheckpoint:
     """positions the language model was made for"""
 
 
-def read_checkpoint(model_dir: Path) -> TeacherCheckpoint:
-    """The facts of the checkpoint in `model_dir`. Raises `EngineError` if it is none, or of a kind we cannot expand."""
+def read_checkpoint(model_dir: Path, image_options: Mapping[str, Any] | None = None) -> TeacherCheckpoint:
+    """The facts of the checkpoint in `model_dir`, its image processor run with `image_options` over its own.
+
+    Raises `EngineError` if it is none, or of a kind we cannot expand.
+    """
     path = model_dir / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -61,7 +65,7 @@ def read_checkpoint(model_dir: Path) -> TeacherCheckpoint:
         num_tokens = _num_llava_image_tokens(config)
         return TeacherCheckpoint(True, lambda _width, _height: num_tokens, context_length)
     if model_type in _QWEN_VL:
-        return TeacherCheckpoint(True, _qwen_vl_counter(model_dir), context_length)
+        return TeacherCheckpoint(True, _qwen_vl_counter(model_dir, dict(image_options or {})), context_length)
     raise EngineError(
         f"{path}: model_type is {model_type!r}; the multimodal teachers of this release are 'llava' and "
         f"{', '.join(map(repr, _QWEN_VL))}: how many tokens an image of another becomes is not known here"
@@ -79,7 +83,7 @@ def _num_llava_image_tokens(config: dict[str, Any]) -> int:
     return num_tokens
 
 
-def _qwen_vl_counter(model_dir: Path) -> CountImageTokens:
+def _qwen_vl_counter(model_dir: Path, options: dict[str, Any]) -> CountImageTokens:
     """Tokens by the processor's own rule: patches after its resizing, `merge_size` squared of them a token."""
 
     @cache
@@ -89,7 +93,7 @@ def _qwen_vl_counter(model_dir: Path) -> CountImageTokens:
     @lru_cache(_SIZES_REMEMBERED)
     def count(width: int, height: int) -> int:
         try:
-            num_patches = processor().get_number_of_image_patches(height, width, {})
+            num_patches = processor().get_number_of_image_patches(height, width, options)
         except ValueError as error:
             raise ImageError(f"image_shape: {width}x{height} pixels: {error}") from None
         return int(num_patches) // int(processor().merge_size) ** 2

@@ -71,7 +71,7 @@ class VllmEngine:
     """the route that scores; both give the same rows within rounding"""
 
     def __init__(self, config: VllmEngineConfig, setup: EngineSetup) -> None:
-        checkpoint = read_checkpoint(setup.model_dir)
+        checkpoint = read_checkpoint(setup.model_dir, config.mm_processor_kwargs)
         _check_setup(config, setup)
         self._config = config
         self._setup = setup
