@@ -1,9 +1,9 @@
 """From a chunk of logits to what is captured of it.
 
 The lm_head makes the largest tensor of a capture, so each chunk of logits is read a few times and copied once: the
-top-k is taken and struck out in place, and what is left is summed at every temperature through one buffer. Nothing of
-size `[R, V]` but the logits and that buffer lives. The tail mass is the logsumexp of what the top-k left out, never one
-minus a sum: exact however small it is. All in float32, relative to the greatest logit.
+top-k is taken and struck out in place, and ranks and masses are summed through one buffer. Nothing of size `[R, V]` but
+the logits and that buffer lives. The tail mass is the logsumexp of what the top-k left out, never one minus a sum:
+exact however small it is. All in float32, relative to the greatest logit.
 
 Axes: R response rows, V vocabulary, K captured entries, N draws, X temperatures.
 """
@@ -42,13 +42,15 @@ def top_rows(
     """
     labels_R1 = torch.from_numpy(label_ids_R.astype(np.int64)).to(logits_RV.device)[:, None]
     label_logits_R1 = logits_RV.gather(1, labels_R1)
+    buffer_RV = torch.empty_like(logits_RV)
+    # As float32, which counts exactly to 2**24 and is summed ten times faster than booleans.
+    rank_R = torch.gt(logits_RV, label_logits_R1, out=buffer_RV).sum(dim=1) + 1
     topk_RK, topk_ids_RK = logits_RV.topk(k, dim=1)
-    rank_R = _ranks_outside(logits_RV, label_logits_R1, (topk_ids_RK == labels_R1).any(dim=1))
     best_R1 = topk_RK[:, :1].clone()
     rest_RV = logits_RV.scatter_(1, topk_ids_RK, -torch.inf)
     topk_RK -= best_R1
     every_temperature = (1.0, *temperatures)
-    log_rest_XR = _log_masses(rest_RV, best_R1, every_temperature)
+    log_rest_XR = _log_masses(rest_RV, best_R1, every_temperature, buffer_RV)
     log_total_XR = [
         torch.logaddexp((topk_RK / temperature).logsumexp(dim=1), log_rest_R)
         for temperature, log_rest_R in zip(every_temperature, log_rest_XR, strict=True)
@@ -83,24 +85,13 @@ def drawn_rows(logits_RV: torch.Tensor, label_ids_R: NDArray[np.int32], uniforms
     )
 
 
-def _ranks_outside(logits_RV: torch.Tensor, label_logits_R1: torch.Tensor, is_inside_R: torch.Tensor) -> torch.Tensor:
-    """1 + the number of greater logits, of the labels outside the top-k; 0 for those inside, which have a column."""
-    outside_Q = (~is_inside_R).nonzero()[:, 0]
-    rank_R = torch.zeros(len(logits_RV), dtype=torch.float32, device=logits_RV.device)
-    if len(outside_Q):
-        outside_QV = logits_RV[outside_Q]
-        # As float32, which counts exactly to 2**24 and is summed ten times faster than booleans.
-        is_greater_QV = torch.gt(outside_QV, label_logits_R1[outside_Q], out=torch.empty_like(outside_QV))
-        rank_R[outside_Q] = is_greater_QV.sum(dim=1) + 1
-    return rank_R
-
-
-def _log_masses(rest_RV: torch.Tensor, best_R1: torch.Tensor, temperatures: Sequence[float]) -> list[torch.Tensor]:
-    """`logsumexp((rest - best) / T)` of each row for each T, through one buffer; -inf where nothing is left."""
+def _log_masses(
+    rest_RV: torch.Tensor, best_R1: torch.Tensor, temperatures: Sequence[float], buffer_RV: torch.Tensor
+) -> list[torch.Tensor]:
+    """`logsumexp((rest - best) / T)` of each row for each T, through the buffer; -inf where nothing is left."""
     greatest_R1 = rest_RV.amax(dim=1, keepdim=True)
     # A row without finite values keeps its -inf: there is nothing to be relative to.
     origin_R1 = greatest_R1.masked_fill(greatest_R1 == -torch.inf, 0)
-    buffer_RV = torch.empty_like(rest_RV)
     log_masses = []
     for temperature in temperatures:
         torch.sub(rest_RV, origin_R1, out=buffer_RV)
