@@ -19,7 +19,7 @@ from logitlake_shared.rendering import Renderer, without_images
 from logitlake_shared.topk import DrawnRows, TeacherRows
 from logitlake_teacher.engines.base import Engine, Generation, SampleProblem, Sampling, ScoredSample, ScoreRequest
 from logitlake_teacher.items import Item, PlannedSample, single_turn
-from logitlake_teacher.unit_work import accept, requests_of
+from logitlake_teacher.unit_work import accept, accept_all, requests_of
 
 __all__ = ["Answer", "answers_of"]
 
@@ -57,15 +57,13 @@ def _given(
     engine: Engine, samples: Sequence[PlannedSample], decoded: Mapping[str, DecodedImage], spec: CaptureSpec
 ) -> list[Answer | UnitError]:
     scored = engine.score([request for sample in samples for request in requests_of(sample, decoded)])
-    answers: list[Answer | UnitError] = []
-    for sample, one in zip(samples, scored, strict=True):
-        checked = accept(sample, one, sample.response_ids, spec)
-        answers.append(
-            checked
-            if isinstance(checked, UnitError)
-            else Answer(sample, checked.rows, checked.expanded_length, finish_reason="given")
-        )
-    return answers
+    labels = [sample.response_ids for sample in samples]
+    return [
+        checked
+        if isinstance(checked, UnitError)
+        else Answer(sample, checked.rows, checked.expanded_length, finish_reason="given")
+        for sample, checked in zip(samples, accept_all(samples, scored, labels, spec), strict=True)
+    ]
 
 
 def _written(
@@ -96,7 +94,8 @@ def _read(
         return UnitError(
             sample_id=sample.sample_id, code="teacher_invalid", message="the teacher wrote nothing, not even EOS"
         )
-    checked = accept(sample, ScoredSample(sample.sample_id, answer.rows, answer.expanded_length), ids_T, spec)
+    said = ScoredSample(sample.sample_id, answer.rows, answer.expanded_length)
+    checked = accept(sample, said, ids_T, spec)
     if isinstance(checked, UnitError):
         return checked
     complete = replace(
@@ -118,8 +117,9 @@ def _with_no_image_pass(
     completed = list(answers)
     seen = [answer for place in places if isinstance(answer := answers[place], Answer)]
     scored = engine.score([_no_image_request(answer.sample, renderer) for answer in seen]) if seen else []
-    for place, answer, one in zip(places, seen, scored, strict=True):
-        checked = accept(answer.sample, one, answer.sample.response_ids, spec)
+    samples = [answer.sample for answer in seen]
+    accepted = accept_all(samples, scored, [sample.response_ids for sample in samples], spec)
+    for place, answer, checked in zip(places, seen, accepted, strict=True):
         completed[place] = (
             checked
             if isinstance(checked, UnitError)

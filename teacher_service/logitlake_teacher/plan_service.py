@@ -85,7 +85,7 @@ def _rate(config: CaptureConfig | PairsConfig) -> Rate | None:
     given = config.estimate.tokens_per_s
     if given is not None:
         return Rate(lowest=given[0], highest=given[1], basis="given", assumes="estimate.tokens_per_s")
-    if isinstance(config.engine, FakeEngineConfig) or config.engine.type == "hf" and config.engine.device == "cpu":
+    if isinstance(config.engine, FakeEngineConfig) or (config.engine.type == "hf" and config.engine.device == "cpu"):
         return None  # the arithmetic is that of GPUs
     parameters = config.estimate.parameters or active_parameters(config.teacher.model_dir)
     return prefill_rate(parameters, config.estimate)

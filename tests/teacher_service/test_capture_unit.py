@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitlake_schemas import CaptureSpec, CodecPolicy, SampledPolicy
+from logitlake_schemas import CaptureSpec, CodecPolicy, SampledPolicy, UnitError
 from logitlake_shared.errors import DataError
 from logitlake_shared.images import DecodedImage
 from logitlake_shared.lake import Cache, Lake
@@ -19,8 +19,10 @@ from logitlake_teacher.capture import capture_unit
 from logitlake_teacher.config import FakeEngineConfig
 from logitlake_teacher.engines import EngineSetup, ScoredSample, build_engine, identify_engine
 from logitlake_teacher.engines.fake import FakeEngine
+from logitlake_teacher.items import PlannedSample
 from logitlake_teacher.planning import Plan
-from logitlake_teacher.unit_work import requests_of
+from logitlake_teacher.unit_images import load_images
+from logitlake_teacher.unit_work import accept, accept_all, requests_of
 
 CODEC = CodecPolicy(k_max=8, k_min=8, p_min=0.0, grid="exact")
 
@@ -199,3 +201,22 @@ def test_a_unit_of_nothing_but_errors_is_committed_too(bench: Bench) -> None:
     assert record.shards == ()
     assert [error.code for error in record.errors] == ["teacher_crashed"] * len(unit.items)
     assert bench.cache().committed_units() == {unit.unit_id}
+
+
+def test_one_bad_answer_among_many_is_the_only_one_refused(bench: Bench) -> None:
+    """Checked all at once or one by one: the same verdict on each, and the fault is laid at its own door."""
+    unit = max(bench.plan.units, key=lambda unit: len(unit.items))
+    images = load_images(unit.items)
+    engine = bench.engine()
+    answers = engine.score([request for item in unit.items for request in requests_of(item, images.decoded)])
+    labels = [item.response_ids for item in unit.items if isinstance(item, PlannedSample)]
+    spec = bench.cache().spec
+    assert accept_all(unit.items, answers, labels, spec) == answers
+    bad = len(answers) // 2
+    assert isinstance(answers[bad], ScoredSample)
+    answers[bad] = _twice(answers[bad])
+    verdicts = accept_all(unit.items, answers, labels, spec)
+    assert [isinstance(verdict, UnitError) for verdict in verdicts] == [place == bad for place in range(len(answers))]
+    alone = [accept(*own, spec) for own in zip(unit.items, answers, labels, strict=True)]
+    assert [type(verdict) for verdict in alone] == [type(verdict) for verdict in verdicts]
+    assert alone[bad] == verdicts[bad]

@@ -17,7 +17,7 @@ from logitlake_shared.rendering import Renderer, without_images
 from logitlake_shared.rows import LakePair
 from logitlake_teacher.engines import Engine, ScoreRequest
 from logitlake_teacher.items import Item, PlannedPair
-from logitlake_teacher.unit_work import accept
+from logitlake_teacher.unit_work import accept_all
 
 __all__ = ["PairScorer", "Response", "label_logprobs", "no_image_prompt"]
 
@@ -54,7 +54,7 @@ def label_logprobs(engine: Engine, responses: Sequence[Response], spec: CaptureS
             for one in responses
         ]
     )
-    checked = [accept(one.item, answer, one.response_ids, spec) for one, answer in zip(responses, answers, strict=True)]
+    checked = accept_all([one.item for one in responses], answers, [one.response_ids for one in responses], spec)
     return [answer if isinstance(answer, UnitError) else answer.rows.label_logprob_T for answer in checked]
 
 
