@@ -11,6 +11,7 @@
     │   ├── FingerprintMismatchError      two things that do not belong together
     │   └── QueryError (ValueError)       a SQL question that cannot be answered
     ├── EngineError (RuntimeError)        a teacher engine
+    ├── JobError (RuntimeError)           a job on a Ray cluster, or the cluster's Jobs API
     ├── TrainingError (RuntimeError)      the student trainer
     └── ExportError (RuntimeError)        an exported student that is not what was trained
 
@@ -25,6 +26,7 @@ __all__ = [
     "ExportError",
     "FingerprintMismatchError",
     "ImageError",
+    "JobError",
     "LakeConflictError",
     "LakeCorruptError",
     "LakeError",
@@ -77,6 +79,10 @@ class QueryError(LakeError, ValueError):
 
 class EngineError(LogitLakeError, RuntimeError):
     """A teacher engine that cannot go on."""
+
+
+class JobError(LogitLakeError, RuntimeError):
+    """A job that cannot be submitted, found or followed."""
 
 
 class TrainingError(LogitLakeError, RuntimeError):

@@ -13,6 +13,7 @@ __all__ = [
     "commit_path",
     "commits_prefix",
     "image_shard_path",
+    "job_path",
     "quarantine_path",
     "quarantine_prefix",
     "shard_path",
@@ -36,6 +37,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 def valid_name(name: str) -> bool:
     """Whether `name` may name a cache or a unit: letters, digits, `._-`, at most 100, not starting with a sign."""
     return _NAME.fullmatch(name) is not None
+
+
+def job_path(run: str) -> str:
+    """What a job on a cluster is to do: its command and resolved configuration."""
+    return f"jobs/{run}.toml"
 
 
 def cache_names_prefix() -> str:

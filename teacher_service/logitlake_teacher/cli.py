@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from logitlake_shared.cli_support import config_command, progress, run_cli
+from logitlake_teacher.jobs_cli import jobs
 
 if TYPE_CHECKING:
     from logitlake_schemas import CommitRecord
@@ -27,6 +28,8 @@ __all__ = ["cli", "main"]
 def cli() -> None:
     """Let a teacher say what it knows, once, into a lake."""
 
+
+cli.add_command(jobs)
 
 _FLAGS = {
     "--limit": ("plan.limit", "Take this many records from the top of the data."),
