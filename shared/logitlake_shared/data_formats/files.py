@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +42,7 @@ class InputFile:
     name: str
     """relative to the source's folder: what messages and ids say, the same on every machine"""
 
-    @property
+    @cached_property
     def stem(self) -> str:
         """The name without its ending: ids of records without an id begin with it."""
         return self.name[: -len(Path(self.name).suffix) or None]

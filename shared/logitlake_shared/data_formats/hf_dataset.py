@@ -86,7 +86,7 @@ def _conversation(row: TableRow, file: InputFile, columns: HfColumns, options: R
         messages, images = chat_messages(turns, options.image_root, given if columns.images else None)
     check_messages(messages, len(images), needs_response=options.needs_response)
     return Conversation(
-        sample_id=record_id(values.get(columns.id), f"{file.stem}-{row.number}"),
+        sample_id=record_id(values.get(columns.id), file, row.number),
         task=as_text(values.get(columns.task), "task", options.task),
         source=options.source or file.stem,
         split=split,

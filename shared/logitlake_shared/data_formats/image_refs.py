@@ -23,6 +23,7 @@ MAX_IMAGE_BYTES = 32 * 2**20
 """Encoded bytes of one image, unless a configuration says otherwise."""
 _MAX_ADDRESS = 8192
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_NOT_IN_NAMES = re.compile(r"[\x00-\x1f\ud800-\udfff]")
 _QUERY_DIGITS = 16
 
 LoadUri = Callable[[str], bytes]
@@ -84,22 +85,24 @@ def image_ref(name: str, image_root: Path | str) -> ImageRef:
     """
     if name.startswith("data:"):
         return ImageRef(data=_data_uri(name))
-    if len(name) > _MAX_ADDRESS or any(ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 for char in name):
+    if len(name) > _MAX_ADDRESS or _NOT_IN_NAMES.search(name):
         raise ValueError(f"image {name[:80]!r}: not the name of an image")
     scheme = _SCHEME.match(name)
     if scheme:
         if scheme[1].lower() in ("https", "http", "s3", "gs", "az"):
             return ImageRef(uri=name)
         raise ValueError(f"image {name[:80]!r}: {scheme[1]}:// is no address that images are loaded from")
-    root = str(image_root)
-    if _SCHEME.match(root):
-        if name.startswith("/") or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"image {name[:80]!r}: leads out of image_root {root}")
-        return ImageRef(uri=f"{root.rstrip('/')}/{name}", name=name)
-    # As text: a plan of ten million samples passes here.
+    if isinstance(image_root, str):
+        if _SCHEME.match(image_root):
+            if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"image {name[:80]!r}: leads out of image_root {image_root}")
+            return ImageRef(uri=f"{image_root.rstrip('/')}/{name}", name=name)
+        image_root = Path(image_root)
+    # Without a closer look: a plan of ten million samples passes here.
     if not name.startswith("/") and ".." not in name:
-        return ImageRef(path=Path(root, name), name=name)
-    whole, root = os.path.normpath(Path(root).absolute() / name), os.path.normpath(Path(root).absolute())
+        return ImageRef(path=image_root / name, name=name)
+    root = os.path.normpath(image_root.absolute())
+    whole = os.path.normpath(image_root.absolute() / name)
     if os.path.commonpath([whole, root]) != root:
         raise ValueError(f"image {name[:80]!r}: leads out of image_root {root}; set image_root to a folder above it")
     return ImageRef(path=Path(whole), name=os.path.relpath(whole, root))

@@ -100,7 +100,7 @@ def _conversation(record: JsonRecord, file: InputFile, options: ReadOptions) -> 
     messages = llava_messages(value["conversations"])
     check_messages(messages, len(images), needs_response=options.needs_response)
     return Conversation(
-        sample_id=record_id(value.get("id"), f"{file.stem}-{record.number}"),
+        sample_id=record_id(value.get("id"), file, record.number),
         task=as_text(value.get("task"), "task", options.task),
         source=as_text(value.get("source"), "source", options.source or file.stem),
         split=as_text(value.get("split"), "split", options.split),

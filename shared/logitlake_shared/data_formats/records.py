@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from logitlake_shared.data_formats.files import InputFile
 from logitlake_shared.data_formats.image_refs import ImageRef
 from logitlake_shared.errors import DataError
 
@@ -96,7 +97,7 @@ Record = TypeVar("Record", Conversation, PreferencePair)
 class ReadOptions:
     """What a caller says about a whole source."""
 
-    image_root: Path | str = "."
+    image_root: Path | str = Path()
     """folder, or s3://, gs://, az:// address, that image names are relative to"""
     source: str | None = None
     """name of the source in the lake; none: the file's name without its ending"""
@@ -120,10 +121,10 @@ def good_records(reads: Iterable[Record | BadRecord]) -> Iterator[Record]:
         yield read
 
 
-def record_id(given: object, fallback: str) -> str:
-    """The record's id as text; `fallback` where the record has none. Raises `RecordError`."""
+def record_id(given: object, file: InputFile, number: int) -> str:
+    """The record's id as text; one without is named by its file and place. Raises `RecordError`."""
     if given is None:
-        return fallback
+        return f"{file.stem}-{number}"
     if isinstance(given, bool) or not isinstance(given, str | int):
         raise RecordError(f"`id` must be a string or a whole number, got {_short(given)}")
     text = str(given)

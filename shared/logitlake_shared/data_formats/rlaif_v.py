@@ -54,7 +54,7 @@ def _pair(row: TableRow, file: InputFile, options: ReadOptions, split: str) -> P
     if texts["chosen"] == texts["rejected"]:
         raise RecordError("chosen and rejected are the same text; drop the row")
     return PreferencePair(
-        pair_id=record_id(values.get("idx"), f"{file.stem}-{row.number}"),
+        pair_id=record_id(values.get("idx"), file, row.number),
         task=_task(values.get("origin_split"), options.task),
         source=options.source or as_text(values.get("ds_name"), "ds_name", file.stem),
         split=split,
