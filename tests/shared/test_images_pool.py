@@ -1,9 +1,12 @@
 """Decoder processes: what goes wrong in one costs its image, and nothing it says is believed."""
 
+import contextlib
 import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +109,27 @@ def test_closing_leaves_no_process_and_twice_is_fine(png: Callable[[int], bytes]
     for pool in (used, unused, used):
         pool.close()
     assert decoders() == []
+
+
+def test_decoders_end_with_a_process_that_was_killed() -> None:
+    """Nobody closes the pool of a killed worker: its decoders see the end of their input and go."""
+    program = (
+        "import os, psutil\n"
+        "from logitlake_shared.images import DecoderPool\n"
+        "pool = DecoderPool(num_processes=2)\n"
+        "pool.decode_all([b''] * 8)\n"
+        "print(*(child.pid for child in psutil.Process().children()), flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    orphans = []
+    for pid in map(int, done.stdout.split()):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            orphans.append(psutil.Process(pid))
+    assert len(done.stdout.split()) == 2
+    _, alive = psutil.wait_procs(orphans, timeout=30)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_several_threads_share_a_pool(png: Callable[[int], bytes]) -> None:
