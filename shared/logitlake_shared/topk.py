@@ -34,6 +34,7 @@ __all__ = [
     "concatenate",
     "decode",
     "encode",
+    "join",
     "nearest_level",
     "own_figures",
     "rounded",
@@ -170,6 +171,21 @@ def split(rows: StoredRows, lengths: Sequence[int]) -> list[StoredRows]:
         )
         for (start, stop), (first, last) in zip(pairwise(tokens), pairwise(entries), strict=True)
     ]
+
+
+def join(parts: Sequence[StoredRows]) -> StoredRows:
+    """The inverse of `split`, with the tails at the temperatures that all parts have."""
+    temperatures = [one for one in parts[0].log_tails_T if all(one in part.log_tails_T for part in parts)]
+    return StoredRows(
+        k_T=np.concatenate([part.k_T for part in parts]),
+        topk_ids=np.concatenate([part.topk_ids for part in parts]),
+        topk_logprobs=np.concatenate([part.topk_logprobs for part in parts]),
+        label_logprob_T=np.concatenate([part.label_logprob_T for part in parts]),
+        label_rank_T=np.concatenate([part.label_rank_T for part in parts]),
+        log_tail_mass_T=np.concatenate([part.log_tail_mass_T for part in parts]),
+        entropy_T=np.concatenate([part.entropy_T for part in parts]),
+        log_tails_T={one: np.concatenate([part.log_tails_T[one] for part in parts]) for one in temperatures},
+    )
 
 
 def decode(

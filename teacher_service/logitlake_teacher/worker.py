@@ -49,8 +49,9 @@ class UnitWorker:
         self._cache = Lake.open(job.lake_uri).cache(job.cache)
         self._pairs = pair_producer(self._cache.spec, job.setup.model_dir) if job.kind == "pairs" else None
         self._renderer = Renderer(job.setup.model_dir)
-        self._images = GuardedImages(job.images)
         self._engine = build_engine(job.engine, job.setup)
+        # After the teacher: one that cannot be loaded leaves no decoding processes behind.
+        self._images = GuardedImages(job.images)
         self._turn: AbstractContextManager[object] = (
             nullcontext() if getattr(self._engine, "concurrent", False) else threading.Lock()
         )

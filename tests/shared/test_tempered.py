@@ -3,6 +3,7 @@
 The truth is a dense softmax(logits / T) in float64; rows are captured from it as an engine captures them.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from logitlake_schemas import CodecPolicy, Temperature
 from logitlake_shared.errors import LakeError
 from logitlake_shared.teacher_checks import check_rows
 from logitlake_shared.tempered import log_head_mass
-from logitlake_shared.topk import TeacherRows, concatenate, decode, encode, split
+from logitlake_shared.topk import TeacherRows, concatenate, decode, encode, join, split
 
 VOCAB_SIZE = 60
 TEMPERATURES: tuple[Temperature, ...] = (2, 4)
@@ -137,6 +138,12 @@ def test_a_unit_is_encoded_as_its_samples_are() -> None:
     for one, part in zip(parts, together, strict=True):
         for temperature in TEMPERATURES:
             np.testing.assert_array_equal(part.log_tails_T[temperature], encode(one, policy).log_tails_T[temperature])
+    whole = encode(concatenate(parts), policy)
+    for name, value in vars(join(together)).items():
+        np.testing.assert_equal(value, getattr(whole, name), err_msg=name)
+    assert join(
+        [together[0], replace(together[1], log_tails_T={4: together[1].log_tails_T[4]})]
+    ).log_tails_T.keys() == {4}
     _, _, log_tail_T = decode(together, 2)
     np.testing.assert_array_equal(log_tail_T, np.concatenate([part.log_tails_T[2] for part in together]))
 

@@ -7,7 +7,7 @@ shard by shard; memory holds a few shards of each cache and the worst tokens.
 import heapq
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from logitlake_shared.errors import DataError
 from logitlake_shared.lake import Cache, spec_differences
 from logitlake_shared.rows import LakePair, LakeSample, pairs_from_table, samples_from_table
 from logitlake_shared.tools.divergence import first_ids, row_divergence
-from logitlake_shared.topk import StoredRows
+from logitlake_shared.topk import join
 
 __all__ = ["CacheDiff", "PairDiff", "TaskDiff", "WorstToken", "diff_caches"]
 
@@ -186,7 +186,7 @@ def diff_caches(
 
 def _add_samples(diff: CacheDiff, worst: "_Worst", matched: list[tuple[LakeSample, LakeSample]]) -> None:
     """Adds the samples of a shard, all tokens at once."""
-    rows_a, rows_b = _joined([a for a, _ in matched]), _joined([b for _, b in matched])
+    rows_a, rows_b = join([a.rows for a, _ in matched]), join([b.rows for _, b in matched])
     found = row_divergence(rows_a, rows_b)
     first_a, first_b = first_ids(rows_a), first_ids(rows_b)
     difference_T = rows_a.label_logprob_T.astype(np.float64) - rows_b.label_logprob_T
@@ -271,16 +271,6 @@ def _same_responses(a: LakeSample | LakePair, b: LakeSample | LakePair) -> bool:
     assert isinstance(a, LakeSample)
     assert isinstance(b, LakeSample)
     return np.array_equal(a.response_ids, b.response_ids)
-
-
-def _joined(samples: list[LakeSample]) -> StoredRows:
-    """The rows of several samples as one, in order."""
-    return StoredRows(
-        **{
-            column.name: np.concatenate([getattr(sample.rows, column.name) for sample in samples])
-            for column in fields(StoredRows)
-        }
-    )
 
 
 def _spec_differences(a: Cache, b: Cache) -> list[str]:
