@@ -15,6 +15,7 @@ Every fault is an `ImageError` with a code. No message shows the query or the us
 
 import http.client
 import io
+import math
 import re
 import socket
 import ssl
@@ -44,6 +45,8 @@ _TRY_AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504))
 _GONE = frozenset((404, 410))
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _BACKOFF_S = 0.2
+_MAX_SHOWN = 200
+_MAX_REASON = 300
 
 Resolve = Callable[[str, int], Sequence[str]]
 """(host, port) -> its IP addresses. Raises `OSError`."""
@@ -59,7 +62,7 @@ class FetchPolicy:
     timeout_s: float = 30.0
     """for all attempts at one image together"""
     min_bytes_per_s: int = 1024
-    """averaged over windows of a sixth of `timeout_s`"""
+    """averaged over windows of a sixth of `timeout_s`, from the first byte on"""
     attempts: int = 3
     max_redirects: int = 0
     allow_loopback: bool = False
@@ -96,7 +99,7 @@ class Fetcher:
                 pause = _BACKOFF_S * 2 ** (attempt - 1)
                 if attempt == self._policy.attempts or time.monotonic() + pause >= deadline:
                     tries = f", {attempt} attempts" if attempt > 1 else ""
-                    raise ImageError(f"image_fetch_failed: {error}{tries}") from error
+                    raise _error("image_fetch_failed", url, f"{error}{tries}") from error
                 self._wait(pause)
         raise AssertionError("a policy has at least one attempt")
 
@@ -110,10 +113,12 @@ class Fetcher:
             answer = self._ask(url, deadline)
             if isinstance(answer, bytes):
                 return answer
-            # A `Location` may be relative.
-            target = urljoin(url, answer.location)
+            try:
+                target = urljoin(url, answer.location)  # it may be relative
+            except ValueError as error:
+                raise _error("image_url_refused", url, f"it redirects to what is no address: {error}") from error
             if not self._policy.max_redirects:
-                _refuse(url, f"it redirects to {public_address(target)!r:.200}; no redirect is followed")
+                _refuse(url, f"it redirects to {_shown(target)}; no redirect is followed")
             url = target
         _refuse(url, f"it redirects more than {self._policy.max_redirects} times")
 
@@ -122,8 +127,6 @@ class Fetcher:
         host = str(parts.hostname)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         address = self._checked_address(url, host, port, deadline)
-        where = public_address(url)
-        stream = None
         connection: socket.socket | None = None
         try:
             connection = socket.create_connection((address, port), timeout=_left(deadline))
@@ -137,19 +140,18 @@ class Fetcher:
             response = http.client.HTTPResponse(cast(socket.socket, stream), method="GET")
             response.begin()
             return self._body(url, response)
+        except ImageError:
+            raise
         except ssl.SSLCertVerificationError as error:
-            raise ImageError(
-                f"image_fetch_failed: {where}: the host cannot prove its name: {error.verify_message}"
-            ) from error
+            why = f"the host cannot prove its name: {error.verify_message}"
+            raise _error("image_fetch_failed", url, why) from error
         except (TimeoutError, _TooSlowError) as error:
-            raise ImageError(
-                f"image_fetch_timeout: {where}: {error or 'no answer'}; at most {self._policy.timeout_s:g} s, at least "
-                f"{self._policy.min_bytes_per_s} bytes/s"
-            ) from error
+            limits = f"at most {self._policy.timeout_s:g} s, at least {self._policy.min_bytes_per_s} bytes/s"
+            raise _error("image_fetch_timeout", url, f"{error or 'no answer'}; {limits}") from error
         except _TooMuchError as error:
-            raise ImageError(f"image_too_large: {where}: more than {self._policy.max_bytes} bytes come") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise _TryAgainError(f"{where}: {type(error).__name__}: {error!s:.200}") from error
+            raise _error("image_too_large", url, f"more than {self._policy.max_bytes} bytes come") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a chunk of negative size
+            raise _TryAgainError(f"{type(error).__name__}: {error}") from error
         finally:
             if connection is not None:
                 connection.close()
@@ -162,8 +164,8 @@ class Fetcher:
         try:
             parts = urlsplit(url)
             port = parts.port
-        except ValueError as error:
-            _refuse(url, f"not an address: {error}")
+        except ValueError:
+            _refuse(url, "its host or its port cannot be one")
         if parts.scheme != "https" and not (policy.allow_loopback and parts.scheme == "http"):
             _refuse(url, f"{parts.scheme or 'no'} scheme; only https is fetched")
         if parts.username is not None or parts.password is not None or "@" in parts.netloc:
@@ -183,53 +185,48 @@ class Fetcher:
         try:
             addresses = _within(lambda: self._resolve(host, port), _left(deadline))
         except TimeoutError as error:
-            raise ImageError(f"image_fetch_timeout: {public_address(url)}: no answer about the name {host}") from error
-        except OSError as error:
-            raise _TryAgainError(f"{public_address(url)}: the name {host} has no address: {error}") from error
+            raise _error("image_fetch_timeout", url, f"no answer about the name {host}") from error
+        except (OSError, UnicodeError) as error:
+            raise _TryAgainError(f"the name {host} has no address: {error}") from error
         if not addresses:
-            raise _TryAgainError(f"{public_address(url)}: the name {host} has no address")
+            raise _TryAgainError(f"the name {host} has no address")
         for address in addresses:
             if not (is_public(address) or (self._policy.allow_loopback and is_loopback(address))):
                 _refuse(url, f"the name {host} stands for {address}, which is not an address of the public internet")
         return addresses[0]
 
     def _body(self, url: str, response: http.client.HTTPResponse) -> "bytes | _Redirect":
-        where = public_address(url)
-        status, policy = response.status, self._policy
+        status, max_bytes = response.status, self._policy.max_bytes
         location = response.getheader("Location")
         if status in _REDIRECTS and location is not None:
             return _Redirect(location)
         if status in _TRY_AGAIN:
-            raise _TryAgainError(f"{where}: the host answers {status}")
-        if status in _GONE:
-            raise ImageError(f"image_missing: {where}: the host answers {status}")
+            raise _TryAgainError(f"the host answers {status}")
         if status != 200:
-            raise ImageError(f"image_fetch_failed: {where}: the host answers {status}")
+            raise _error(
+                "image_missing" if status in _GONE else "image_fetch_failed", url, f"the host answers {status}"
+            )
         encoding = response.getheader("Content-Encoding", "identity").strip().lower()
         if encoding != "identity":
-            raise ImageError(
-                f"image_fetch_failed: {where}: the body is compressed ({encoding:.40}), which was not asked for"
-            )
+            raise _error("image_fetch_failed", url, f"the body is compressed ({encoding}), which was not asked for")
         kind = response.getheader("Content-Type", _TYPES[0]).partition(";")[0].strip().lower()
         if not kind.startswith("image/") and kind not in _TYPES:
-            raise ImageError(f"image_format: {where}: the host says it is {kind:.80}, expected an image")
-        if response.length is not None and response.length > policy.max_bytes:
-            raise ImageError(
-                f"image_too_large: {where}: {response.length} bytes, at most {policy.max_bytes} are fetched"
-            )
+            raise _error("image_format", url, f"the host says it is {kind}, expected an image")
+        if response.length is not None and response.length > max_bytes:
+            raise _error("image_too_large", url, f"{response.length} bytes, at most {max_bytes} are fetched")
         pieces, size = [], 0
         while piece := response.read(_READ_BYTES):
             pieces.append(piece)
             size += len(piece)
-            if size > policy.max_bytes:
+            if size > max_bytes:
                 raise _TooMuchError
         if response.length:
-            raise _TryAgainError(f"{where}: the body ends {response.length} bytes early")
+            raise _TryAgainError(f"the body ends {response.length} bytes early")
         return b"".join(pieces)
 
 
 class _TryAgainError(Exception):
-    """A fault that may be gone the next time; the message begins with the address."""
+    """A fault that may be gone the next time."""
 
 
 class _TooSlowError(Exception):
@@ -253,7 +250,8 @@ class _Stream(io.RawIOBase):
         self._connection, self._deadline, self._left = connection, deadline, max_bytes
         self._window_s = policy.timeout_s / 6
         self._window_bytes = policy.min_bytes_per_s * self._window_s
-        self._window_end = time.monotonic() + self._window_s
+        # The first window begins with the first byte: a host may think before it answers.
+        self._window_end = math.inf
         self._in_window = 0
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -280,6 +278,8 @@ class _Stream(io.RawIOBase):
             return self.readinto(buffer)
         if time.monotonic() >= self._deadline:
             raise TimeoutError("the time is over")
+        if self._window_end == math.inf:
+            self._window_end = time.monotonic() + self._window_s
         self._in_window += count
         self._left -= count
         if self._left < 0:
@@ -288,13 +288,22 @@ class _Stream(io.RawIOBase):
 
 
 def _refuse(url: str, why: str) -> NoReturn:
-    raise ImageError(f"image_url_refused: {_shown(url)}: {why}")
+    raise _error("image_url_refused", url, why)
+
+
+def _error(code: str, url: str, why: str) -> ImageError:
+    """What is said of the host comes from the host: it is cut short, and no terminal obeys it."""
+    return ImageError(f"{code}: {_shown(url)}: {_printable(why)[:_MAX_REASON]}")
 
 
 def _shown(url: str) -> str:
     """The address for people, whatever it holds."""
-    shown = public_address(url)[:200].encode("ascii", "backslashreplace").decode()
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in shown)
+    return _printable(public_address(url)[:_MAX_SHOWN])
+
+
+def _printable(text: str) -> str:
+    ascii_text = text.encode("ascii", "backslashreplace").decode()
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in ascii_text)
 
 
 def _left(deadline: float) -> float:
@@ -322,12 +331,12 @@ def _resolve(host: str, port: int) -> list[str]:
 def _within(call: Callable[[], Sequence[str]], seconds: float) -> Sequence[str]:
     """The call's result. Raises `TimeoutError`: the system's resolver keeps its own time, so it is left behind."""
     results: list[Sequence[str]] = []
-    errors: list[OSError] = []
+    errors: list[Exception] = []
 
     def run() -> None:
         try:
             results.append(call())
-        except OSError as error:
+        except Exception as error:
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True, name="resolver")

@@ -365,6 +365,13 @@ ANSWERS = {
     "nothing": ("image_fetch_failed", b""),
     "an endless header line": ("image_fetch_failed", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000),
     "a thousand headers": ("image_fetch_failed", b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000 + b"\r\n"),
+    "a chunk of negative size": (
+        "image_fetch_failed",
+        answer(b"-5\r\nabc", Transfer_Encoding="chunked", Content_Length=""),
+    ),
+    "escapes for the terminal": ("image_fetch_failed", b"\x1b]0;pwned\x07\x1b[2J\r\n"),
+    "escapes in its type": ("image_format", answer(Content_Type="\x1b[2Jtext/html")),
+    "a redirect to what is no address": ("image_url_refused", answer(status="302 Found", Location="http://[")),
     "a chunk of no size": ("image_fetch_failed", answer(b"zz\r\n", Transfer_Encoding="chunked", Content_Length="")),
 }
 
@@ -374,7 +381,9 @@ def test_an_answer_that_is_no_image_has_its_code(name: str, server: Server) -> N
     """Each is refused with its code; nothing is decompressed, and no more is read than allowed."""
     code, said = ANSWERS[name]
     server.says("/a", said)
-    refused(code, fetcher(attempts=1), server.url("/a"))
+    message = refused(code, fetcher(attempts=1), server.url("/a"))
+    assert message.isprintable()
+    assert len(message) < 1000
 
 
 def test_an_endless_body_is_cut_off(server: Server) -> None:

@@ -180,3 +180,5 @@ def test_the_answers_that_decoders_give_are_understood() -> None:
     assert (reply.width, reply.height, reply.header.format) == (4, 3, "PNG")
     error = checked_reply(b'{"code": "image_decode", "message": "broken"}', ImageLimits.DEFAULT)
     assert str(error) == "image_decode: broken"
+    error = checked_reply(b'{"code": "image_decode", "message": "\\u001b[2Jbroken"}', ImageLimits.DEFAULT)
+    assert str(error) == "image_decode: ?[2Jbroken"

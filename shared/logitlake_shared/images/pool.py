@@ -234,7 +234,8 @@ def checked_reply(head: bytes, limits: ImageLimits) -> Reply | ImageError:
             code, message = str(said["code"]), str(said["message"])
             if not code.startswith("image_") or not _CODE_LETTERS.issuperset(code):
                 raise ValueError(code)
-            return ImageError(f"{code}: {message}")
+            # Libraries quote what they read; no terminal is to obey it.
+            return ImageError(f"{code}: {''.join(char if char.isprintable() else '?' for char in message)}")
         width, height = (int(side) for side in said["size"])
         header = ImageHeader(str(said["format"]), int(said["width"]), int(said["height"]))
         if min(width, height) < 1 or width * height > limits.max_pixels or header.format not in limits.formats:
