@@ -10,6 +10,7 @@ from PIL import Image
 
 from logitlake_shared import images
 from logitlake_shared.errors import ImageError
+from logitlake_shared.images import ImageLimits
 
 
 def _encoded(image: Image.Image, name: str, **options: object) -> bytes:
@@ -74,3 +75,15 @@ def test_header_row_of_an_image(png: Callable[[int], bytes]) -> None:
     """The lake's row says format and size and keeps the bytes."""
     row = images.inspect_image(png(2))
     assert (row.format, row.width, row.height, row.data) == ("PNG", 4, 3, png(2))
+
+
+def test_more_frames_may_be_allowed_and_the_first_is_taken() -> None:
+    """Three frames pass a cap of three, with the first one's pixels, and not a cap of two."""
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue", "lime")]
+    for name in ("GIF", "WEBP", "PNG", "TIFF"):
+        options = {"lossless": True} if name == "WEBP" else {}
+        data = _encoded(frames[0], name, save_all=True, append_images=frames[1:], duration=40, **options)
+        image = images.decode_image(data, ImageLimits(max_frames=3))
+        assert image.getpixel((0, 0)) == (255, 0, 0), name
+        with pytest.raises(ImageError, match="image_animated: 3 frames, expected at most 2"):
+            images.decode_image(data, ImageLimits(max_frames=2))
