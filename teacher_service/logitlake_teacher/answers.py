@@ -19,7 +19,7 @@ from logitlake_shared.rendering import Renderer, without_images
 from logitlake_shared.topk import DrawnRows, TeacherRows
 from logitlake_teacher.engines.base import Engine, Generation, SampleProblem, Sampling, ScoredSample, ScoreRequest
 from logitlake_teacher.items import Item, PlannedSample, single_turn
-from logitlake_teacher.unit_work import accept, accept_all, requests_of
+from logitlake_teacher.unit_work import accept, accept_all, request_of
 
 __all__ = ["Answer", "answers_of"]
 
@@ -56,7 +56,7 @@ def answers_of(
 def _given(
     engine: Engine, samples: Sequence[PlannedSample], decoded: Mapping[str, DecodedImage], spec: CaptureSpec
 ) -> list[Answer | UnitError]:
-    scored = engine.score([request for sample in samples for request in requests_of(sample, decoded)])
+    scored = engine.score([request_of(sample, decoded) for sample in samples])
     labels = [sample.response_ids for sample in samples]
     return [
         checked
@@ -79,7 +79,7 @@ def _written(
     sampling = Sampling(
         max_new_tokens=mode.max_new_tokens, temperature=mode.temperature, top_p=mode.top_p, seed=mode.seed
     )
-    written = engine.generate([request for sample in asked for request in requests_of(sample, decoded)], sampling)
+    written = engine.generate([request_of(sample, decoded) for sample in asked], sampling)
     return [_read(sample, one, spec, renderer) for sample, one in zip(asked, written, strict=True)]
 
 

@@ -26,7 +26,7 @@ from logitlake_shared.rows import LakeImage
 from logitlake_shared.teacher_checks import check_rows
 from logitlake_shared.topk import DrawnRows, TeacherRows, concatenate
 from logitlake_teacher.engines.base import Int32Array, SampleProblem, ScoredSample, ScoreRequest
-from logitlake_teacher.items import Item, PlannedPair, PlannedSample, Unit
+from logitlake_teacher.items import Item, PlannedSample, Unit
 
 __all__ = [
     "Errors",
@@ -36,7 +36,7 @@ __all__ = [
     "crash_errors",
     "images_of",
     "in_order",
-    "requests_of",
+    "request_of",
     "temperatures_of",
 ]
 
@@ -50,16 +50,17 @@ def committed_record(cache: Cache, unit: Unit) -> CommitRecord | None:
     return cache.commit(unit.unit_id)
 
 
-def requests_of(item: Item, decoded: Mapping[str, DecodedImage]) -> list[ScoreRequest]:
-    """What to ask the teacher about the item: one request for a sample, chosen and rejected for a pair."""
-    pixels = tuple(decoded[sha256] for sha256 in item.image_sha256)
-    if isinstance(item, PlannedSample):
-        return [
-            ScoreRequest(
-                item.sample_id, item.prompt_ids, item.prompt_lengths, item.response_ids, item.response_lengths, pixels
-            )
-        ]
-    return [_pair_request(item, role, pixels) for role in ("chosen", "rejected")]
+def request_of(sample: PlannedSample, decoded: Mapping[str, DecodedImage]) -> ScoreRequest:
+    """What to ask the teacher about the sample; `decoded` holds its images by sha256."""
+    pixels = tuple(decoded[sha256] for sha256 in sample.image_sha256)
+    return ScoreRequest(
+        sample.sample_id,
+        sample.prompt_ids,
+        sample.prompt_lengths,
+        sample.response_ids,
+        sample.response_lengths,
+        pixels,
+    )
 
 
 def accept(
@@ -164,15 +165,3 @@ def in_order(unit: Unit, errors: Errors) -> list[UnitError]:
 def images_of(captured: Iterable[tuple[str, ...]], encoded: Mapping[str, LakeImage]) -> list[LakeImage]:
     """The images that the captured rows name, each once, in the order of first mention."""
     return [encoded[sha256] for sha256 in dict.fromkeys(sha256 for row in captured for sha256 in row)]
-
-
-def _pair_request(pair: PlannedPair, role: str, pixels: tuple[DecodedImage, ...]) -> ScoreRequest:
-    response_ids = pair.chosen_ids if role == "chosen" else pair.rejected_ids
-    return ScoreRequest(
-        f"{pair.pair_id}/{role}",
-        pair.prompt_ids,
-        np.array([len(pair.prompt_ids)], np.int32),
-        response_ids,
-        np.array([len(response_ids)], np.int32),
-        pixels,
-    )

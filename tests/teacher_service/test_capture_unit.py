@@ -22,7 +22,7 @@ from logitlake_teacher.engines.fake import FakeEngine
 from logitlake_teacher.items import PlannedSample
 from logitlake_teacher.planning import Plan
 from logitlake_teacher.unit_images import load_images
-from logitlake_teacher.unit_work import accept, accept_all, requests_of
+from logitlake_teacher.unit_work import accept, accept_all, request_of
 
 CODEC = CodecPolicy(k_max=8, k_min=8, p_min=0.0, grid="exact")
 
@@ -72,7 +72,8 @@ def test_the_lake_holds_what_the_teacher_said(bench: Bench) -> None:
         for item in unit.items:
             sample = stored.pop(item.item_id)
             images = {image.image_sha256: image for image in map(DecodedImage.of, sample.images)}
-            (request,) = requests_of(item, images)
+            assert isinstance(item, PlannedSample)
+            request = request_of(item, images)
             truth_TV = engine.truth(request)
             rows = sample.rows
             topk_ids_TK = rows.topk_ids.reshape(-1, 8)
@@ -208,8 +209,9 @@ def test_one_bad_answer_among_many_is_the_only_one_refused(bench: Bench) -> None
     unit = max(bench.plan.units, key=lambda unit: len(unit.items))
     images = load_images(unit.items)
     engine = bench.engine()
-    answers = engine.score([request for item in unit.items for request in requests_of(item, images.decoded)])
-    labels = [item.response_ids for item in unit.items if isinstance(item, PlannedSample)]
+    samples = [item for item in unit.items if isinstance(item, PlannedSample)]
+    answers = engine.score([request_of(sample, images.decoded) for sample in samples])
+    labels = [sample.response_ids for sample in samples]
     spec = bench.cache().spec
     assert accept_all(unit.items, answers, labels, spec) == answers
     bad = len(answers) // 2

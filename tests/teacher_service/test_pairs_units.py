@@ -1,6 +1,8 @@
 """Units of pairs, given and made, by engines that really answer: what is stored is what the teacher said."""
 
+import importlib.util
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +20,14 @@ from logitlake_shared.reader import PairDataset
 from logitlake_shared.rendering import Renderer, without_images
 from logitlake_shared.rows import LakePair
 from logitlake_shared.tools.verify import verify_unit
-from logitlake_teacher.config import EngineConfig, FakeEngineConfig, HfEngineConfig, JudgeRanking, MadePairs
+from logitlake_teacher.config import (
+    EngineConfig,
+    FakeEngineConfig,
+    HfEngineConfig,
+    JudgeRanking,
+    MadePairs,
+    VllmEngineConfig,
+)
 from logitlake_teacher.engines import Engine, EngineSetup, Sampling, ScoreRequest, build_engine, identify_engine
 from logitlake_teacher.engines.base import seed_of
 from logitlake_teacher.items import PlannedPair, PlannedSample, Unit, single_turn
@@ -36,6 +45,8 @@ RATING_TOLERANCE = 4 * LOGPROB_TOLERANCE
 CONFIGS: dict[str, EngineConfig] = {
     "fake": FakeEngineConfig(tokens_per_image=16, mean_response=8),
     "hf": HfEngineConfig(),
+    # On a CPU vLLM draws only from prompts that it computes in one piece.
+    "vllm": VllmEngineConfig(batch_tokens=300, context_length=300),
 }
 RANKINGS: dict[str, dict[str, Any]] = {
     "judge": {"type": "judge"},
@@ -90,9 +101,17 @@ class Bench:
         return answer.rows.label_logprob_T  # type: ignore[union-attr]  # a problem would be the test's failure
 
 
-@pytest.fixture(scope="module", params=["fake", "hf"])
+# vLLM and torch's compiler warn about themselves while they load; that is not ours to mend.
+VLLM_MARKS = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module", params=["fake", "hf", pytest.param("vllm", marks=VLLM_MARKS)])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """Captions of digit scenes, two of each scene, and a conversation whose last answer is a second turn."""
+    if request.param == "vllm" and importlib.util.find_spec("vllm") is None:
+        if os.environ.get("LOGITLAKE_REQUIRE_VLLM") == "1":
+            pytest.fail("LOGITLAKE_REQUIRE_VLLM=1, but vLLM is not installed")
+        pytest.skip("vLLM is not installed (logitlake[teacher-cpu])")
     from examples.digit_scenes.make import png_bytes
     from examples.digit_scenes.questions import caption_of
     from examples.digit_scenes.world import draw_scene
