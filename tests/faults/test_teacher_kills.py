@@ -90,7 +90,7 @@ def schedules(workers: Workers, place: Path, capture_spec: CaptureSpec) -> Sched
     """See `Schedules`; the undisturbed capture is done once."""
     units = [made_unit(number) for number in range(NUM_UNITS)]
     setup = EngineSetup(place, vocab_size=40, eos_id=1, image_token_id=2, k=8, num_threads=1)
-    made = {"spec": capture_spec, "units": units, "setup": setup, "engine": FakeEngineConfig(nan_on=(NAN_ON,))}
+    made = {"spec": capture_spec, "units": units, "setup": setup, "engine": FakeEngineConfig(wrong={NAN_ON: "nan"})}
     scenario = place / "scenario.pickle"
     scenario.write_bytes(pickle.dumps(made))
     planned = {unit.unit_id: [item.item_id for item in unit.items] for unit in units}

@@ -153,6 +153,9 @@ def test_the_lake_holds_what_the_teacher_wrote(bench: Bench, temperature: float)
         assert sample.prompt_lengths.tolist() == [len(sample.prompt_ids)]
         assert_rows_are_the_truth(sample, truth_TV)
         if temperature == 0:
+            truth_TV[:, bench.renderer.image_token_id] = -np.inf  # the teacher speaks no placeholders
+            # The greatest of what can be said: an answer holds no image.
+            truth_TV[:, bench.renderer.image_token_id] = -np.inf
             assert sample.response_ids.tolist() == truth_TV.argmax(1).tolist()
         assert sample.expanded_length == len(sample.prompt_ids) + len(sample.response_ids) + 3 * len(item.images)
 
@@ -255,7 +258,7 @@ def test_a_response_that_cannot_be_scored_without_its_images_is_lost_as_a_whole(
     """No row says that it was captured without an image when it was not."""
     spec = bench.spec(no_image_pass=True)
     cache = Lake.create(bench.folder / "lake").create_cache("capture", spec)
-    engine = fake(bench, spec, nan_on=("one/no_image",))
+    engine = fake(bench, spec, wrong={"one/no_image": "nan"})
     record = capture_unit(engine, bench.unit("one", "text"), cache, {}, bench.renderer)
     assert [(error.sample_id, error.code) for error in record.errors] == [("one", "teacher_nonfinite")]
     assert read(cache).keys() == {"text"}

@@ -157,7 +157,7 @@ def test_a_job_that_fails_ends_the_command_as_its_driver_ended(
 ) -> None:
     """The driver's own message in the log, its exit code as the command's."""
     config = ray_config(teacher_world, lake={"uri": str(teacher_world.lake), "cache": "failing"})
-    failed = teacher_command("jobs", "submit", config, "engine.nan_on=['s003']", "--follow")
+    failed = teacher_command("jobs", "submit", config, "engine.wrong={s003='nan'}", "--follow")
     assert failed.code == 2, failed.err
     assert "1 teacher_nonfinite" in failed.out
     assert "FAILED" in failed.err

@@ -299,7 +299,7 @@ def _long_response(world: Any, records: Records) -> list[str]:
 SAMPLE_MISTAKES: dict[str, tuple[Callable[[Any, Records], list[str]], int, tuple[str, ...]]] = {
     "image that does not decode": (_truncated_image, 4, ("4 image_decode", "'s008'")),
     "response over the context": (_long_response, 1, ("1 prompt_too_long", "'s007'", "150")),
-    "teacher returns NaN": (_override("engine.nan_on=['s011']"), 1, ("1 teacher_nonfinite", "'s011'")),
+    "teacher returns NaN": (_override("engine.wrong={s011='nan'}"), 1, ("1 teacher_nonfinite", "'s011'")),
 }
 
 

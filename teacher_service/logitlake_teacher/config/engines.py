@@ -6,7 +6,20 @@ from pydantic import Field
 
 from logitlake_shared.config import StrictModel
 
-__all__ = ["EngineConfig", "FakeEngineConfig", "HfEngineConfig", "VllmEngineConfig"]
+__all__ = ["EngineConfig", "FakeEngineConfig", "HfEngineConfig", "VllmEngineConfig", "WrongAnswer"]
+
+WrongAnswer = Literal[
+    "nan",
+    "inf",
+    "minus_inf",
+    "k_over_vocabulary",
+    "duplicate_id",
+    "mass_over_one",
+    "foreign_id",
+    "missing_row",
+    "rising",
+]
+"""Ways in which a teacher's rows can be impossible."""
 
 
 class FakeEngineConfig(StrictModel):
@@ -15,8 +28,8 @@ class FakeEngineConfig(StrictModel):
     type: Literal["fake"] = "fake"
     seed: int = 0
     """another seed is another teacher"""
-    sharpness: float = Field(default=3.0, gt=0)
-    """standard deviation of the logits: higher is surer"""
+    sharpness: float = Field(default=2.0, gt=0)
+    """exponent of Zipf's law: the token of rank r has a probability of about r^-sharpness; higher is surer"""
     mean_response: int | None = Field(default=None, gt=1)
     """mean length of the answers that it writes, EOS included; default: EOS is a token like any other"""
     tokens_per_image: int = Field(default=4, gt=0)
@@ -31,10 +44,20 @@ class FakeEngineConfig(StrictModel):
     """fault: the process kills itself with SIGKILL on the call after this many, that is, after as many units"""
     raise_on: tuple[str, ...] = ()
     """fault: the engine fails on these sample ids"""
-    nan_on: tuple[str, ...] = ()
-    """fault: the engine returns NaN for these sample ids"""
     hang_on: tuple[str, ...] = ()
     """fault: the engine waits forever on these sample ids"""
+    slow_s: float = Field(default=0.0, ge=0)
+    """fault: every call takes this many seconds longer"""
+    die_by: Literal["exit", "kill", "memory"] = "exit"
+    """how `die_on` ends the process: `os._exit(1)`, SIGKILL, or half a GiB of memory and then SIGKILL"""
+    die_chance: float = Field(default=0.0, ge=0, le=1)
+    """fault: the chance of SIGKILL at every call, drawn from `die_seed` and the process id"""
+    die_seed: int = 0
+    """see `die_chance`"""
+    ignore_sigterm: bool = False
+    """fault: the process does not end at SIGTERM (where the engine is made in the main thread)"""
+    wrong: dict[str, WrongAnswer] = Field(default={})
+    """fault: impossible answers, by sample id, e.g. `{s011 = "duplicate_id"}`"""
 
 
 class HfEngineConfig(StrictModel):

@@ -19,7 +19,7 @@ from logitlake_teacher.engines.checkpoint import weights_sha256
 __all__ = ["FAKE_VERSION", "identify_engine"]
 
 # The fake teacher's rule as a number: another rule is another teacher.
-FAKE_VERSION = "1"
+FAKE_VERSION = "2"
 
 _INSTALL = {
     "hf": (("transformers",), "logitlake[teacher-hf]"),

@@ -106,8 +106,9 @@ class TeacherModel:
         if self._has_rope_index:
             inputs["mm_token_type_ids"] = self._is_image(ids_1S)
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p}
-        # Slots of a padded lm_head must never be drawn.
-        padded = list(range(self._setup.vocab_size, self.head_size))
+        # Slots of a padded lm_head must never be drawn, and a response cannot hold an image.
+        impossible = list(range(self._setup.vocab_size, self.head_size))
+        impossible += [] if self._setup.image_token_id is None else [self._setup.image_token_id]
         with self._plain_attention():
             ids_NS = self._model.generate(
                 **inputs,
@@ -116,7 +117,7 @@ class TeacherModel:
                 max_new_tokens=sampling.max_new_tokens,
                 eos_token_id=self._setup.eos_id,
                 pad_token_id=self._setup.eos_id,
-                suppress_tokens=padded or None,
+                suppress_tokens=impossible or None,
             )
         return [_cut_at_eos(ids, self._setup.eos_id) for ids in ids_NS[:, len(sequence.ids_S) :].cpu().numpy()]
 
