@@ -130,15 +130,15 @@ def noise_png(seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def ask(teacher_dir: Path) -> Callable[..., ScoreRequest]:
-    """`ask("id", ["question", "answer", ...], image=bytes | None)`: the request for that conversation."""
+    """`ask("id", ["question", "answer", ...], image, ...)`: the request for that conversation, images first."""
     renderer = Renderer(teacher_dir)
 
-    def make(sample_id: str, turns: list[str], image: bytes | None = None) -> ScoreRequest:
+    def make(sample_id: str, turns: list[str], *images: bytes) -> ScoreRequest:
         messages = []
         for number, text in enumerate(turns):
             parts: list[dict[str, str]] = [{"type": "text", "text": text}]
-            if number == 0 and image is not None:
-                parts = [{"type": "image"}, *parts]
+            if number == 0:
+                parts = [*({"type": "image"} for _ in images), *parts]
             messages.append(
                 {"role": "user", "content": parts} if number % 2 == 0 else {"role": "assistant", "content": text}
             )
@@ -149,7 +149,7 @@ def ask(teacher_dir: Path) -> Callable[..., ScoreRequest]:
             rendered.prompt_lengths,
             rendered.response_ids,
             rendered.response_lengths,
-            () if image is None else (DecodedImage.of(image),),
+            tuple(DecodedImage.of(image) for image in images),
         )
 
     return make
@@ -276,6 +276,103 @@ def test_the_image_is_seen(engine: Engine, ask: Callable[..., ScoreRequest]) -> 
     one, other, again = (scored(answer) for answer in engine.score(pictures))
     assert np.abs(one.rows.topk_logprobs_TK - other.rows.topk_logprobs_TK).max() > 10 * BATCH_TOLERANCE
     assert_same_rows(one, again, BATCH_TOLERANCE)
+
+
+def test_images_stand_where_their_placeholders_stand(engine: Engine, ask: Callable[..., ScoreRequest]) -> None:
+    """Two pictures are 32 tokens; changed over they are another sample, and each order is itself whoever is beside."""
+    turns = ["what is in the pictures?", "a red seven"]
+    one, other = noise_png(1), noise_png(2)
+    asked = [ask("a", turns, one, other), ask("b", turns, other, one), ask("c", turns, one), ask("d", turns, one, one)]
+    answers = [scored(answer) for answer in engine.score(asked)]
+    unexpanded = len(asked[0].prompt_ids) + len(asked[0].response_ids)
+    assert [answer.expanded_length for answer in answers[:2]] == [unexpanded + 30] * 2
+    for number, first in enumerate(answers):
+        for second in answers[number + 1 :]:
+            assert np.abs(first.rows.label_logprob_T - second.rows.label_logprob_T).max() > 10 * BATCH_TOLERANCE
+    for answer, request in zip(answers, asked, strict=True):
+        assert_same_rows(answer, scored(engine.score([request])[0]), BATCH_TOLERANCE)
+
+
+def test_images_that_were_expanded_already_are_refused(
+    engine: Engine, ask: Callable[..., ScoreRequest], requests: list[ScoreRequest], setup: EngineSetup
+) -> None:
+    """Sixteen placeholders of one picture would be expanded once more, without a word: `image_placeholders` instead.
+
+    So is a picture without a placeholder, and a placeholder in a response. The neighbours are scored as ever.
+    """
+    sound = ask("expanded", ["what?", "no"], noise_png(1))
+    repeats = np.where(sound.prompt_ids == setup.image_token_id, 16, 1)
+    expanded_ids = np.repeat(sound.prompt_ids, repeats)
+    wrong = [
+        replace(sound, prompt_ids=expanded_ids, prompt_lengths=np.array([len(expanded_ids)], np.int32)),
+        replace(sound, images=()),
+        replace(sound, images=sound.images * 2),
+        replace(sound, response_ids=np.where(np.arange(len(sound.response_ids)) == 0, setup.image_token_id, 5)),
+    ]
+    answers = engine.score([requests[0], *wrong, requests[1]])
+    for problem in answers[1:-1]:
+        assert isinstance(problem, SampleProblem)
+        assert (problem.sample_id, problem.code) == ("expanded", "image_placeholders")
+    for request, answer in zip(requests[:2], (answers[0], answers[-1]), strict=True):
+        assert_same_rows(scored(answer), scored(engine.score([request])[0]), BATCH_TOLERANCE)
+
+
+def test_the_end_is_a_token_like_any_other(
+    make_engine: MakeEngine, ask: Callable[..., ScoreRequest], setup: EngineSetup
+) -> None:
+    """EOS has its row, the last one: what the teacher expects behind the text, and that is where it was cut from."""
+    whole = ask("whole", ["what is in the picture?", "a red seven"], noise_png(1))
+    assert whole.response_ids[-1] == setup.eos_id
+    text = len(whole.response_ids) - 1
+    other = replace(whole, response_ids=np.append(whole.response_ids[:text], np.int32(7)))
+    ended, went_on = (scored(answer).rows for answer in make_engine(setup.vocab_size).score([whole, other]))
+    assert isinstance(ended, TeacherRows)
+    assert isinstance(went_on, TeacherRows)
+    for rows, label in ((ended, setup.eos_id), (went_on, 7)):
+        place = rows.topk_ids_TK[-1].tolist().index(label)
+        assert rows.label_logprob_T[-1] == rows.topk_logprobs_TK[-1, place]
+    np.testing.assert_allclose(ended.topk_logprobs_TK, went_on.topk_logprobs_TK, atol=BATCH_TOLERANCE, rtol=0)
+
+
+def test_an_answer_of_one_token_has_one_row(
+    engine: Engine, ask: Callable[..., ScoreRequest], setup: EngineSetup
+) -> None:
+    """An empty text is EOS and nothing else; its row is the first of any answer to the same question."""
+    empty, longer = ask("empty", ["what?", ""], noise_png(1)), ask("longer", ["what?", "no"], noise_png(1))
+    assert empty.response_ids.tolist() == [setup.eos_id]
+    one, two = (scored(answer).rows for answer in engine.score([empty, longer]))
+    assert isinstance(one, TeacherRows)
+    assert isinstance(two, TeacherRows)
+    assert one.topk_logprobs_TK.shape == (1, K)
+    np.testing.assert_allclose(one.topk_logprobs_TK[0], two.topk_logprobs_TK[0], atol=BATCH_TOLERANCE, rtol=0)
+
+
+def test_nothing_asked_is_nothing_answered(engine: Engine) -> None:
+    """An empty call is an empty list, of scores and of candidates."""
+    assert engine.score([]) == []
+    assert engine.generate([], Sampling(max_new_tokens=3)) == []
+
+
+def test_tails_at_other_temperatures_are_what_the_rest_sums_to(
+    engine_config: EngineConfig, make_engine: MakeEngine, setup: EngineSetup, requests: list[ScoreRequest]
+) -> None:
+    """Of softmax(logits / T): the mass outside the K entries, from the teacher's whole vocabulary."""
+    temperatures = (2.0, 4.0)
+    engine = build_engine(engine_config, replace(setup, temperatures=temperatures))
+    for request, answer, full in zip(
+        requests, engine.score(requests), make_engine(setup.vocab_size).score(requests), strict=True
+    ):
+        rows, everything = scored(answer).rows, scored(full).rows
+        assert isinstance(rows, TeacherRows)
+        assert isinstance(everything, TeacherRows)
+        check_rows(rows, setup.vocab_size, request.response_ids, temperatures)
+        assert rows.log_tail_mass_TX is not None
+        for x, temperature in enumerate(temperatures):
+            tempered_TV = everything.topk_logprobs_TK.astype(np.float64) / temperature
+            tempered_TV -= np.logaddexp.reduce(tempered_TV, axis=1, keepdims=True)
+            left_out_T = np.logaddexp.reduce(tempered_TV[:, K:], axis=1)
+            np.testing.assert_allclose(rows.log_tail_mass_TX[:, x], left_out_T, atol=BATCH_TOLERANCE, rtol=0)
+    engine.close()
 
 
 def test_the_whole_vocabulary_leaves_no_tail(
