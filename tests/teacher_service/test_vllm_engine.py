@@ -389,6 +389,19 @@ def test_options_of_the_image_processor_reach_it(setup: EngineSetup, hf_engine: 
         engine.close()
 
 
+def test_other_pixels_than_everybody_elses_are_refused(
+    setup: EngineSetup, vllm_engine: VllmEngine, requests: list[ScoreRequest]
+) -> None:
+    """torchvision resamples differently from PIL, with which `hf` and the student read the same images.
+
+    The refused engine was running already; that it is closed takes nothing from the other engine of this process.
+    """
+    with pytest.raises(EngineError, match="resamples images by torchvision"):
+        build_engine(VllmEngineConfig(mm_processor_kwargs={"use_fast": True}), setup)
+    for answer in vllm_engine.score(requests):
+        rows_of(answer)
+
+
 @pytest.fixture
 def hook_that_is_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row is computed from the hidden state before its own."""

@@ -13,6 +13,7 @@ and of everything that turns them into pixels.
 
 import logging
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -93,6 +94,7 @@ class VllmEngine:
             runner="v1" if config.route == "span_hook" else None,
         )
         try:
+            self._check_image_backend()
             self._trim_vocabulary()
             requests = probe_requests(setup, checkpoint.sees_images)
             self.route = self._choose_route(requests)
@@ -112,27 +114,14 @@ class VllmEngine:
         rows_of: Callable[[_Prompt, Any], TeacherRows]
         if route == "span_hook":
             rows_of = self._rows_of_hook
-            params = [
-                sampling_params(
-                    max_tokens=1,
-                    temperature=0.0,
-                    skip_reading_prefix_cache=True,
-                    extra_args=span_request(
-                        predicting_rows(prompt.expanded.is_response_S), prompt.request.response_ids
-                    ),
-                )
-                for prompt in prompts
-            ]
+            stock = sampling_params(max_tokens=1, temperature=0.0, skip_reading_prefix_cache=True)
+            params = [_with_rows(stock, prompt) for prompt in prompts]
         else:
             rows_of = self._rows_of_prompt_logprobs
-            params = [
-                sampling_params(
-                    max_tokens=1,
-                    temperature=0.0,
-                    skip_reading_prefix_cache=True,
-                    prompt_logprobs=self._setup.k,
-                )
-            ] * len(prompts)
+            stock = sampling_params(
+                max_tokens=1, temperature=0.0, skip_reading_prefix_cache=True, prompt_logprobs=self._setup.k
+            )
+            params = [stock] * len(prompts)
         outputs = self._frontend.run("score", [prompt.prompt for prompt in prompts], params)
         for prompt, output in zip(prompts, outputs, strict=True):
             if isinstance(output, Exception):
@@ -187,6 +176,14 @@ class VllmEngine:
     def close(self) -> None:
         """Frees the weights and the key-value cache."""
         self._frontend.close()
+
+    def _check_image_backend(self) -> None:
+        if self._frontend.image_backend not in (None, "pil"):
+            raise EngineError(
+                f"{self._setup.model_dir}: vLLM resamples images by {self._frontend.image_backend}, to other pixels "
+                "than the engine 'hf' and every student see; take use_fast and backend out of "
+                "engine.mm_processor_kwargs, or install a transformers release whose processors know use_fast=false"
+            )
 
     def _trim_vocabulary(self) -> None:
         """Makes vLLM forget the entries of the lm_head that are no tokens. Raises `EngineError` if it does not."""
@@ -399,6 +396,13 @@ def _check_output(prompt: _Prompt, output: Any) -> None:
             f"{sample}: vLLM took {output.num_cached_tokens} positions from its prefix cache although it was told not "
             "to, and has no rows for them; set engine.share_prefill=false"
         )
+
+
+def _with_rows(params: Any, prompt: _Prompt) -> Any:
+    """The sampling parameters, naming the prompt's response rows."""
+    named = copy(params)
+    named.extra_args = span_request(predicting_rows(prompt.expanded.is_response_S), prompt.request.response_ids)
+    return named
 
 
 def _refused(prompt: _Prompt, error: Exception) -> SampleProblem:

@@ -15,7 +15,7 @@ import itertools
 import os
 import threading
 from collections.abc import Coroutine, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from logitlake_shared.errors import EngineError
 from logitlake_teacher.engines.vllm.phases import Phase, PhaseGate
@@ -42,6 +42,8 @@ class Frontend(Protocol):
     """entries of the model's own vocabulary, those that no token has included"""
     can_draw: bool
     """whether candidates can be drawn with seeds"""
+    image_backend: str | None
+    """what resamples images: `pil`, `torchvision`; None for a model that sees none"""
 
     def run(self, phase: Phase, prompts: Sequence[dict[str, Any]], params: Sequence[Any]) -> list[Any]:
         """A `RequestOutput` for each prompt, in order, or the exception with which vLLM refused that one.
@@ -101,6 +103,15 @@ def sampling_params(**options: Any) -> Any:
         raise EngineError(f"vLLM does not sample so: {error}") from error
 
 
+def _image_backend(model_config: Any) -> str | None:
+    """Of the processor that vLLM has loaded already."""
+    from vllm.transformers_utils.processor import cached_processor_from_config
+
+    if not model_config.is_multimodal_model:
+        return None
+    return str(cached_processor_from_config(model_config).image_processor.backend)
+
+
 def _can_draw(vllm_config: Any) -> bool:
     from vllm.platforms import current_platform
 
@@ -108,14 +119,25 @@ def _can_draw(vllm_config: Any) -> bool:
 
 
 class InProcessFrontend:
-    """vLLM's engine core in this process. Implements `Frontend`; one call at a time."""
+    """vLLM's engine core in this process. Implements `Frontend`; one call at a time.
+
+    All cores of a process share vLLM's process groups, and the first that is shut down takes them from the others: so
+    they are shut down together, when the last is closed.
+    """
+
+    _registry: ClassVar[threading.Lock] = threading.Lock()
+    _num_open: ClassVar[int] = 0
+    _closed: ClassVar[list[Any]] = []
 
     def __init__(self, options: dict[str, Any]) -> None:
         import vllm
 
         self._engine: Any = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**options))
+        with InProcessFrontend._registry:
+            InProcessFrontend._num_open += 1
         self.vocab_size = int(self._engine.model_config.get_vocab_size())
         self.can_draw = _can_draw(self._engine.vllm_config)
+        self.image_backend = _image_backend(self._engine.model_config)
         self._lock = threading.Lock()
         self._ids = itertools.count()
         self._failure: str | None = None
@@ -154,11 +176,17 @@ class InProcessFrontend:
         return results
 
     def close(self) -> None:
-        """Frees weights and key-value cache."""
+        """Frees weights and key-value cache; see the class for when."""
         self._failure = "it was closed"
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.engine_core.shutdown()
+        with InProcessFrontend._registry:
+            engine, self._engine = self._engine, None
+            if engine is None:
+                return
+            InProcessFrontend._num_open -= 1
+            InProcessFrontend._closed.append(engine)
+            if InProcessFrontend._num_open == 0:
+                while InProcessFrontend._closed:
+                    InProcessFrontend._closed.pop().engine_core.shutdown()
 
 
 class AsyncFrontend:
@@ -178,6 +206,7 @@ class AsyncFrontend:
             raise
         self.vocab_size = int(self._llm.model_config.get_vocab_size())
         self.can_draw = _can_draw(self._llm.vllm_config)
+        self.image_backend = _image_backend(self._llm.model_config)
 
     def run(self, phase: Phase, prompts: Sequence[dict[str, Any]], params: Sequence[Any]) -> list[Any]:
         """See `Frontend.run`. Calls of one phase are batched together."""
