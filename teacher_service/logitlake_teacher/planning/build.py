@@ -61,7 +61,7 @@ def build(
     intake = Intake(kind, renderer.model_dir, open_end, config.processes or os.cpu_count() or 1)
     with Spool(folder / "spool", plan_schema(kind)) as spool:
         for source, records in _limited(sources, config.limit):
-            for rows in intake.rows(records):
+            for rows in intake.rows(records, renderer):
                 ids.add(rows)
                 _tally_problems(rows, tally, fatal=source.on_bad_record == "fail")
                 spool.append(rows)

@@ -52,10 +52,12 @@ class Intake:
     """a conversation may wait for its last answer"""
     processes: int
 
-    def rows(self, records: Iterable[_Record]) -> Iterator[pa.RecordBatch]:
-        """The records' rows in order. Raises `DataError` for records that a capture of this kind cannot use at all."""
+    def rows(self, records: Iterable[_Record], renderer: Renderer) -> Iterator[pa.RecordBatch]:
+        """The records' rows in order; `renderer` is that of `model_dir`, for the first of them.
+
+        Raises `DataError` for records that a capture of this kind cannot use at all.
+        """
         batches = _batches(records)
-        renderer = Renderer(self.model_dir)
         for batch in itertools.islice(batches, _BATCHES_HERE):
             yield self._rows_of(batch, renderer)
         following = next(batches, None)
