@@ -6,11 +6,11 @@ It makes no lake. Where one is there it is asked: which units are committed, and
 import time
 from tempfile import TemporaryDirectory
 
-from logitlake_schemas import CaptureSpec
+from logitlake_schemas import CaptureSpec, GenerateMode
 from logitlake_shared.cache_figures import cache_figures
 from logitlake_shared.errors import ConfigError, LakeError
 from logitlake_shared.lake import Cache, Lake, spec_differences
-from logitlake_teacher.config import CaptureConfig, FakeEngineConfig, PairsConfig
+from logitlake_teacher.config import CaptureConfig, FakeEngineConfig, MadePairs, PairsConfig
 from logitlake_teacher.engines.parameters import active_parameters
 from logitlake_teacher.planning.estimate import Rate, estimate, prefill_rate
 from logitlake_teacher.planning.report import PlanReport, bytes_per_token
@@ -46,7 +46,7 @@ def report(config: CaptureConfig | PairsConfig, prepared: Prepared, measured: Ra
         bytes_basis=basis,
         image_bytes=figures.image_bytes,
         estimate=None if rate is None else estimate(left.num_tokens, sum(row_bytes) / 2, rate, config.estimate),
-        warnings=tuple(warnings),
+        warnings=(*warnings, *_uncounted(config)),
     )
 
 
@@ -89,6 +89,25 @@ def _rate(config: CaptureConfig | PairsConfig) -> Rate | None:
         return None  # the arithmetic is that of GPUs
     parameters = config.estimate.parameters or active_parameters(config.teacher.model_dir)
     return prefill_rate(parameters, config.estimate)
+
+
+def _uncounted(config: CaptureConfig | PairsConfig) -> list[str]:
+    """What the capture does beside one prefill of every item, which is all that the estimate counts."""
+    if isinstance(config, PairsConfig):
+        if isinstance(config.pairs, MadePairs):
+            return [
+                f"the teacher writes {config.pairs.num_candidates} candidates of up to {config.pairs.max_new_tokens} "
+                "tokens for each prompt and rates them; tokens and hours count the prompts and the data's answers alone"
+            ]
+        passes_twice = config.pairs.no_image_pass
+    else:
+        passes_twice = config.no_image_pass
+        if isinstance(config.mode, GenerateMode):
+            return [
+                f"the teacher writes answers of up to {config.mode.max_new_tokens} tokens, which takes longer than "
+                "scoring them; tokens and hours count the data's own answers"
+            ]
+    return ["no_image_pass scores every response to images twice; tokens and hours count once"] if passes_twice else []
 
 
 def _existing_cache(config: CaptureConfig | PairsConfig, spec: CaptureSpec) -> tuple[Cache | None, list[str]]:

@@ -102,7 +102,7 @@ class VllmEngineConfig(StrictModel):
     """groups of GPUs that hold the layers of one teacher one after the other"""
     max_images: int = Field(default=4, gt=0)
     """images of one sample, at most"""
-    mm_processor_kwargs: dict[str, str | int | float | bool] = {}
+    mm_processor_kwargs: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """options of the image processor over the checkpoint's own, as vLLM takes them"""
     renderer_num_workers: int = Field(default=1, gt=0)
     """vLLM's threads that prepare prompts; images of one engine are prepared on one thread in any case"""
