@@ -56,7 +56,8 @@ class Dataset:
 
 
 def _take(rows: TeacherRows, tokens_T: npt.NDArray[np.int64]) -> TeacherRows:
-    return TeacherRows(**{field.name: getattr(rows, field.name)[tokens_T] for field in fields(TeacherRows)})
+    columns = {field.name: getattr(rows, field.name) for field in fields(TeacherRows)}
+    return TeacherRows(**{name: None if column is None else column[tokens_T] for name, column in columns.items()})
 
 
 def dataset(name: str, data: RealLogprobs | SynthLogprobs, samples: npt.NDArray[np.int64]) -> Dataset:
