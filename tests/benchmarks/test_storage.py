@@ -1,7 +1,7 @@
 """The storage benchmark measures what it says: its data are lawful rows, its angle is zero for what loses nothing."""
 
 import json
-from dataclasses import fields
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -110,7 +110,7 @@ def test_peers_write_all_tokens(source: RealLogprobs) -> None:
     """Every re-stated layout grows with the tokens; the readable one gives back each sample's ids."""
     rows = source.teacher_rows(8)
     lengths = np.array(LENGTHS)
-    few = type(rows)(**{field.name: getattr(rows, field.name)[:5] for field in fields(rows)})
+    few = replace(rows, **{name: column[:5] for name, column in vars(rows).items() if column is not None})
     for write in PEERS.values():
         assert len(write(few, lengths[:1])) < len(write(rows, lengths))
     samples = [json.loads(line) for line in json_lines(rows, lengths).decode().splitlines()]
