@@ -37,5 +37,5 @@ def build_executor(config: ExecutorConfig, engine: EngineConfig | None = None) -
 def _num_gpus(engine: EngineConfig | None) -> int:
     """GPUs of one engine, where there are any."""
     if isinstance(engine, VllmEngineConfig):
-        return engine.tensor_parallel_size
+        return engine.tensor_parallel_size * engine.pipeline_parallel_size
     return int(isinstance(engine, HfEngineConfig) and engine.device == "cuda")
