@@ -216,3 +216,17 @@ def test_all_faults_are_said_at_once(plan: Callable[..., Plan], teacher_world: A
     assert made.figures.fatal == 5
     with pytest.raises(DataError, match=r"(?s)5 of 24 items.*record 0: record_invalid.*5\.png"):
         check_plan(made)
+
+
+def test_each_source_judges_its_own_problems(plan_of: MakePlan, source: LlavaSource, teacher_world: Any) -> None:
+    """A missing picture of a source that lets it pass is counted and ends nothing; of a strict one it does."""
+    (teacher_world.folder / "images" / "5.png").unlink()
+    strict = FakeSource(num_samples=3)
+    lenient = source.model_copy(update={"on_bad_record": "skip"})
+    tolerated = plan_of("samples", lenient, strict)
+    assert tolerated.figures.problems == {"image_missing": 4}
+    check_plan(tolerated)
+    refused = plan_of("samples", source, strict)
+    assert refused.figures.problems == {"image_missing": 4}
+    with pytest.raises(DataError, match="4 of 27 items"):
+        check_plan(refused)

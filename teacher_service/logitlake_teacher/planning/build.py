@@ -58,12 +58,13 @@ def build(
     """Writes the plan's units into `folder`, which is empty. Raises `DataError` for ids that are not unique."""
     ids = _UniqueIds()
     tally = Tally()
-    intake = Intake(kind, renderer.model_dir, open_end, config.processes or os.cpu_count() or 1)
+    processes = config.processes or os.cpu_count() or 1
     with Spool(folder / "spool", plan_schema(kind)) as spool:
         for source, records in _limited(sources, config.limit):
+            intake = Intake(kind, renderer.model_dir, open_end, source.on_bad_record == "skip", processes)
             for rows in intake.rows(records, renderer):
                 ids.add(rows)
-                _tally_problems(rows, tally, fatal=source.on_bad_record == "fail")
+                _tally_problems(rows, tally)
                 spool.append(rows)
                 on_progress(rows.num_rows)
         repeated = ids.repeated()
@@ -71,11 +72,10 @@ def build(
             raise _not_unique(spool.buckets(), set(repeated.tolist()))
         pictures = Pictures(facts.count_image_tokens, images, folder)
         whole = hashlib.sha256()
-        fatal = any(source.on_bad_record == "fail" for source in sources)
         try:
             with UnitsWriter(folder, plan_schema(kind), config.unit_tokens) as units:
                 for bucket in spool.buckets():
-                    rows = _with_images(bucket, pictures, tally, fatal=fatal)
+                    rows = _with_images(bucket, pictures, tally)
                     item_digests = _item_digests(rows)
                     length_N = _lengths(rows, kind)
                     _tally_sound(rows, length_N, kind, tally)
@@ -141,13 +141,13 @@ class _Left:
             yield record
 
 
-def _tally_problems(rows: pa.RecordBatch, tally: Tally, *, fatal: bool) -> None:
+def _tally_problems(rows: pa.RecordBatch, tally: Tally) -> None:
     bad = rows.filter(rows.column("problem_code").is_valid())
-    for row in bad.select(["where", "problem_code", "problem_message"]).to_pylist():
-        tally.problem(row["where"], row["problem_code"], row["problem_message"], fatal=fatal)
+    for row in bad.select(["where", "problem_code", "problem_message", "tolerated"]).to_pylist():
+        tally.problem(row["where"], row["problem_code"], row["problem_message"], fatal=not row["tolerated"])
 
 
-def _with_images(rows: pa.Table, pictures: Pictures, tally: Tally, *, fatal: bool) -> pa.Table:
+def _with_images(rows: pa.Table, pictures: Pictures, tally: Tally) -> pa.Table:
     """The rows with the digests and tokens of their images, and a problem where one cannot be used."""
     references = [[reference_of(record) for record in own] for own in rows.column("images").to_pylist()]
     seen = pictures.look_at(reference for own in references for reference in own)
@@ -160,7 +160,7 @@ def _with_images(rows: pa.Table, pictures: Pictures, tally: Tally, *, fatal: boo
     )
     codes = rows.column("problem_code").to_pylist()
     messages = rows.column("problem_message").to_pylist()
-    wheres = rows.column("where").to_pylist()
+    wheres, tolerated = rows.column("where").to_pylist(), rows.column("tolerated").to_pylist()
     sha256, num_tokens = [], []
     for place, own in enumerate(references):
         looked: list[Picture] = [seen[reference] for reference in own]
@@ -169,7 +169,7 @@ def _with_images(rows: pa.Table, pictures: Pictures, tally: Tally, *, fatal: boo
         problem = next((picture.problem for picture in looked if picture.problem is not None), None)
         if problem is not None:
             codes[place], messages[place] = problem
-            tally.problem(wheres[place], *problem, fatal=fatal)
+            tally.problem(wheres[place], *problem, fatal=not tolerated[place])
     return set_columns(
         rows,
         image_sha256=pa.array(sha256, rows.schema.field("image_sha256").type),

@@ -44,12 +44,14 @@ _Record = Conversation | PreferencePair | BadRecord
 
 @dataclass(frozen=True)
 class Intake:
-    """How records become rows."""
+    """How the records of a source become rows."""
 
     kind: CacheKind
     model_dir: Path
     open_end: bool
     """a conversation may wait for its last answer"""
+    tolerant: bool
+    """the source lets problems pass"""
     processes: int
 
     def rows(self, records: Iterable[_Record], renderer: Renderer) -> Iterator[pa.RecordBatch]:
@@ -75,7 +77,7 @@ class Intake:
 
     def _rows_of(self, batch: Sequence[_Record], renderer: Renderer) -> pa.RecordBatch:
         make = _samples if self.kind == "samples" else _pairs
-        return rows_of(self.kind, make(batch, renderer, self.open_end))
+        return rows_of(self.kind, make(batch, renderer, self.open_end), tolerant=self.tolerant)
 
 
 _worker: tuple[Intake, Renderer]

@@ -39,6 +39,7 @@ _COMMON = (
     ("num_image_tokens", pa.int32()),
     ("problem_code", pa.string()),
     ("problem_message", pa.string()),
+    ("tolerated", pa.bool_()),  # whether its source lets problems pass
 )
 _IDS_OF: dict[CacheKind, tuple[str, ...]] = {
     "samples": ("prompt_ids", "prompt_lengths", "response_ids", "response_lengths"),
@@ -63,8 +64,11 @@ def plan_schema(kind: CacheKind) -> pa.Schema:
     return pa.schema([*_COMMON, *((name, _IDS) for name in _IDS_OF[kind])])
 
 
-def rows_of(kind: CacheKind, drafts: Sequence[Draft]) -> pa.RecordBatch:
-    """The drafts as rows; digests are computed here, images still have no sha256 and no tokens."""
+def rows_of(kind: CacheKind, drafts: Sequence[Draft], *, tolerant: bool = False) -> pa.RecordBatch:
+    """The drafts as rows; digests are computed here, images still have no sha256 and no tokens.
+
+    `tolerant`: their source lets problems pass.
+    """
     items = [draft.item for draft in drafts]
     messages = [json.dumps(item.messages, ensure_ascii=False) for item in items]
     contents = [digest(*(getattr(item, name).tobytes() for name in _QUESTION_OF[kind])) for item in items]
@@ -83,6 +87,7 @@ def rows_of(kind: CacheKind, drafts: Sequence[Draft]) -> pa.RecordBatch:
         "num_image_tokens": [0] * len(items),
         "problem_code": [item.problem.code if item.problem else None for item in items],
         "problem_message": [item.problem.message if item.problem else None for item in items],
+        "tolerated": [tolerant] * len(items),
         **{name: [getattr(item, name) for item in items] for name in _IDS_OF[kind]},
     }
     schema = plan_schema(kind)
