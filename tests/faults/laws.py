@@ -60,7 +60,8 @@ def assert_nothing_torn(root: Path, acknowledged: Iterable[str] = (), snapshots:
             data = (root / entry.path).read_bytes()
             assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.bytes, entry.sha256)
     leftovers = {name for name in tree(root) if "#" in name}
-    assert leftovers <= {garbage.path for garbage in find_garbage(lake, grace_s=0)}, "a leftover that gc cannot see"
+    unseen = leftovers - {garbage.path for garbage in find_garbage(lake, grace_s=0)}
+    assert not unseen, f"leftovers that gc cannot see: {unseen}"
 
 
 def assert_counted_once(root: Path, planned: Mapping[str, Sequence[str]]) -> int:

@@ -249,10 +249,10 @@ def test_an_address_without_a_head_is_refused_within_seconds(monkeypatch: pytest
 
 
 def test_a_local_ray_leaves_the_process_as_it_was(tmp_path: Path) -> None:
-    """HOME may be unwritable; environment and signal handlers are those from before; stdout holds no word of Ray's,
-    though an actor died."""
+    """HOME may be unwritable; environment and signal handlers are those from before, and a Ray of one's own starts
+    afterwards; stdout holds no word of Ray's, though an actor died."""
     code = f"""
-import os, signal, sys
+import os, pathlib, signal, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from tests.teacher_service.test_ray_executor import made_units, run, worker_maker
 before = dict(os.environ)
@@ -261,13 +261,18 @@ records = run(made_units(2), worker_maker(die_on=("u1-0",)), num_actors=1)
 assert [record["unit"] for record in records] == ["u0", "u1"], records
 assert dict(os.environ) == before
 assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+assert not list(pathlib.Path.home().iterdir())
+os.environ["HOME"] = sys.argv[1]
+import ray
+ray.init(address="local", include_dashboard=False, num_cpus=1)
+ray.shutdown()
 print("done")
 """
     home = tmp_path / "home"
     home.mkdir(mode=0o555)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=180,
@@ -276,7 +281,6 @@ print("done")
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "done\n"
-    assert not list(home.iterdir())
 
 
 def test_the_actors_are_as_big_as_the_engine() -> None:

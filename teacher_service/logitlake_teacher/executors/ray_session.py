@@ -22,9 +22,8 @@ __all__ = ["cluster_resources", "connected", "import_ray", "node_is_alive"]
 _LOG = logging.getLogger(__name__)
 # A head that is there accepts a connection in milliseconds; across continents, in one second.
 _REACHABLE_S = 5.0
-# Ray keeps the token of its first local cluster for the life of the process, so there is one for all of them.
+# Of all our local clusters in this process: Ray remembers the first token that it saw.
 _LOCAL_TOKEN = secrets.token_hex(32)
-_TOUCHED_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_CLIENT_MODE", "RAY_USAGE_STATS_ENABLED")
 
 
 def import_ray() -> Any:
@@ -62,6 +61,8 @@ def connected(num_cpus: int) -> Iterator[Any]:
             yield ray
     finally:
         ray.shutdown()
+        if not address:
+            _forget_token(ray)
 
 
 def cluster_resources(ray: Any) -> tuple[dict[str, float], dict[str, float]]:
@@ -101,6 +102,13 @@ def _start(ray: Any, num_cpus: int, quiet: dict[str, Any]) -> None:
         ) from error
 
 
+def _forget_token(ray: Any) -> None:
+    """Makes Ray look for a token again: the next local cluster of this process, if it is not ours, has another."""
+    loader: Any = getattr(ray._raylet, "AuthenticationTokenLoader", None)
+    if hasattr(loader, "reset_cache"):
+        loader.instance().reset_cache()
+
+
 def _check_reachable(address: str) -> None:
     """Raises `ConfigError` unless something listens at `host:port` or `ray://host:port`; other forms are Ray's."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -133,16 +141,14 @@ def _quiet(ray: Any) -> Iterator[None]:
 @contextmanager
 def _restored() -> Iterator[None]:
     """Puts the environment and the signal handlers back that `ray.init` changes."""
-    variables = {name: os.environ.get(name) for name in _TOUCHED_VARIABLES}
+    environment = dict(os.environ)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        for name, value in variables.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
         # `signal.signal` works in the main thread only, and so does what Ray does to it.
         if signal.getsignal(signal.SIGTERM) is not handler:
             signal.signal(signal.SIGTERM, handler)
