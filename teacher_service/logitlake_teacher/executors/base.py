@@ -12,9 +12,10 @@ from typing import Protocol
 
 from logitlake_schemas import CommitRecord
 from logitlake_shared.errors import EngineError, LakeError, LogitLakeError
+from logitlake_teacher.executors.stopping import StopRequest
 from logitlake_teacher.items import Item, Unit
 
-__all__ = ["Executor", "MakeWorker", "Worker", "is_retryable", "never"]
+__all__ = ["Executor", "MakeWorker", "Worker", "is_retryable"]
 
 
 class Worker(Protocol):
@@ -40,21 +41,16 @@ class Worker(Protocol):
 MakeWorker = Callable[[], Worker]
 
 
-def never() -> bool:
-    """The run goes on until all units are done."""
-    return False
-
-
 class Executor(Protocol):
     """Runs units."""
 
     def run(
-        self, units: Iterable[Unit], make_worker: MakeWorker, stop: Callable[[], bool] = never
+        self, units: Iterable[Unit], make_worker: MakeWorker, stop: StopRequest | None = None
     ) -> Iterator[CommitRecord]:
         """Runs all units; `make_worker` is called once in each process that runs some. Raises `LogitLakeError`s.
 
-        Units are taken only as far ahead as there are workers to run them. Once `stop` says so, those that run are
-        finished and no other is begun.
+        Units are taken only as far ahead as there are workers to run them. Once `stop` asks for it, those that run are
+        finished within the grace and no other is begun.
         """
         ...
 

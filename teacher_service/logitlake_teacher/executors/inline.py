@@ -3,10 +3,11 @@
 A sample that kills the teacher kills the command; run it under `ray` to have such samples found and set aside.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from logitlake_schemas import CommitRecord
-from logitlake_teacher.executors.base import MakeWorker, never
+from logitlake_teacher.executors.base import MakeWorker
+from logitlake_teacher.executors.stopping import StopRequest
 from logitlake_teacher.items import Unit
 
 __all__ = ["InlineExecutor"]
@@ -16,13 +17,13 @@ class InlineExecutor:
     """Implements `executors.base.Executor`."""
 
     def run(
-        self, units: Iterable[Unit], make_worker: MakeWorker, stop: Callable[[], bool] = never
+        self, units: Iterable[Unit], make_worker: MakeWorker, stop: StopRequest | None = None
     ) -> Iterator[CommitRecord]:
         """See `Executor.run`."""
         worker = make_worker()
         try:
             for unit in units:
-                if stop():
+                if stop is not None and stop():
                     return
                 yield worker.run(unit, {})
         finally:

@@ -11,16 +11,17 @@ a lost actor costs the units on it: docs/decisions/0003.
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from logitlake_schemas import CommitRecord
 from logitlake_shared.errors import EngineError, LogitLakeError
 from logitlake_teacher.config import RayExecutorConfig
-from logitlake_teacher.executors.base import MakeWorker, is_retryable, never
+from logitlake_teacher.executors.base import MakeWorker, is_retryable
 from logitlake_teacher.executors.leases import Death, LeaseBook
 from logitlake_teacher.executors.ray_actors import Actor, ActorEnded, ActorPool
 from logitlake_teacher.executors.ray_session import connected, import_ray
+from logitlake_teacher.executors.stopping import StopRequest
 from logitlake_teacher.items import Unit
 
 __all__ = ["RayExecutor"]
@@ -39,7 +40,7 @@ class RayExecutor:
         self._engine_gpus = engine_gpus
 
     def run(
-        self, units: Iterable[Unit], make_worker: MakeWorker, stop: Callable[[], bool] = never
+        self, units: Iterable[Unit], make_worker: MakeWorker, stop: StopRequest | None = None
     ) -> Iterator[CommitRecord]:
         """See `Executor.run`."""
         config = self._config
@@ -53,15 +54,20 @@ class RayExecutor:
         )
         if not book.backlog:
             return
+        asked = stop or StopRequest()
+        # What a signal handler raises inside of Ray's C++ comes out as a SystemError, or not at all.
+        asked.interrupts = False
         with connected(config.num_actors * config.cpus_per_actor) as ray:
             pool = ActorPool(ray, config, self._gpus(ray), make_worker)
             try:
-                yield from self._run(ray, book, pool, stop)
+                yield from self._run(ray, book, pool, asked)
             finally:
                 pool.close()
 
-    def _run(self, ray: Any, book: LeaseBook, pool: ActorPool, stop: Callable[[], bool]) -> Iterator[CommitRecord]:
+    def _run(self, ray: Any, book: LeaseBook, pool: ActorPool, stop: StopRequest) -> Iterator[CommitRecord]:
         while book.backlog:
+            if stop.grace_is_over:
+                return
             if stop():
                 book.stop()
             pool.grow(book.backlog)

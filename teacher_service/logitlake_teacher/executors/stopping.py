@@ -27,13 +27,18 @@ class RunStopped(Exception):  # noqa: N818  # it was asked for
 
 
 class StopRequest:
-    """Whether the run is to end, and by which signal."""
+    """Whether the run is to end; what `Executor.run` asks between units. A new one says that it goes on."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        """what asked for it"""
+        self.grace_is_over = False
+        """whether the units under way are to be dropped, too"""
+        self.interrupts = True
+        """whether the end of the grace raises, wherever the executor is; False: the executor looks by itself"""
 
     def __call__(self) -> bool:
-        """Whether no more units are to be begun; what `Executor.run` takes."""
+        """Whether no more units are to be begun."""
         return self.signal is not None
 
 
@@ -52,10 +57,9 @@ def stop_on_signals(grace_s: float) -> Iterator[StopRequest]:
         yield stop
         return
     main = threading.get_ident()
-    over = threading.Event()
 
     def end_grace() -> None:
-        over.set()
+        stop.grace_is_over = True
         # By a signal, too: that alone wakes a main thread that waits in C++.
         signal.pthread_kill(main, signal.SIGTERM)
 
@@ -63,11 +67,12 @@ def stop_on_signals(grace_s: float) -> Iterator[StopRequest]:
     timer.daemon = True
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        if over.is_set():
-            raise _GraceOver
         if stop.signal is None:
             stop.signal = signal.Signals(number)
             timer.start()
+        elif stop.grace_is_over and number == signal.SIGTERM:
+            if stop.interrupts:
+                raise _GraceOver
         else:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
