@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,6 +136,25 @@ def teacher_world(tmp_path: Path, tiny_teacher: Path) -> TeacherWorld:
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "preference.parquet")
     return world
+
+
+@pytest.fixture(scope="session")
+def shared_ray_cluster() -> Iterator[Any]:
+    """A head without room for actors, and two nodes with room for one each: processes of this machine."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for name in ("first", "second"):
+        cluster.add_node(num_cpus=1, resources={name: 1})
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def ray_cluster(shared_ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The cluster, as `RAY_ADDRESS` names it; one for the run, for a local Ray costs each test ten seconds."""
+    monkeypatch.setenv("RAY_ADDRESS", shared_ray_cluster.address)
+    return shared_ray_cluster
 
 
 @pytest.fixture

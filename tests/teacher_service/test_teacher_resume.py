@@ -60,7 +60,9 @@ def test_sigkill_of_an_inline_capture_changes_nothing_in_the_end(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_sigkill_of_a_ray_driver_changes_nothing_in_the_end(teacher_world: Any, teacher_command: Command) -> None:
+def test_sigkill_of_a_ray_driver_changes_nothing_in_the_end(
+    ray_cluster: Any, teacher_world: Any, teacher_command: Command
+) -> None:
     """One actor hangs on its unit, the other commits all the rest, the driver is killed; the next run gives the same
     objects as an inline run without faults."""
     whole = lake_of_an_uninterrupted_run(teacher_world, teacher_command)
@@ -140,7 +142,9 @@ def test_a_second_signal_ends_the_command_at_once(teacher_world: Any) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_signal_ends_a_ray_capture_as_it_ends_an_inline_one(teacher_world: Any, teacher_command: Command) -> None:
+def test_a_signal_ends_a_ray_capture_as_it_ends_an_inline_one(
+    ray_cluster: Any, teacher_world: Any, teacher_command: Command
+) -> None:
     """One actor hangs, the other has committed all the rest, SIGTERM: a snapshot of the rest, exit code 143."""
     total = num_units(teacher_world, teacher_command)
     config = teacher_world.config(executor={"type": "ray", "num_actors": 2, "units_in_flight": 1, "grace_s": 1})
@@ -155,7 +159,7 @@ def test_a_signal_ends_a_ray_capture_as_it_ends_an_inline_one(teacher_world: Any
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sample_that_kills_the_teacher_is_set_aside(teacher_world: Any) -> None:
+def test_a_sample_that_kills_the_teacher_is_set_aside(ray_cluster: Any, teacher_world: Any) -> None:
     """Its actor is replaced, its unit searched; it gets an error row and every other sample is captured."""
     config = teacher_world.config(executor={"type": "ray", "num_actors": 2, "backoff_s": 0.05})
     process = teacher_world.start("capture", config, "engine.die_on=['s010']")
@@ -170,7 +174,7 @@ def test_a_sample_that_kills_the_teacher_is_set_aside(teacher_world: Any) -> Non
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_an_error_of_an_actor_is_the_commands_error(teacher_world: Any) -> None:
+def test_an_error_of_an_actor_is_the_commands_error(ray_cluster: Any, teacher_world: Any) -> None:
     """A teacher that fails on Ray ends the command with its own message, no traceback."""
     config = teacher_world.config(executor={"type": "ray", "num_actors": 1, "max_attempts": 2, "backoff_s": 0.05})
     process = teacher_world.start("capture", config, "engine.raise_on=['s010']")
@@ -182,7 +186,7 @@ def test_an_error_of_an_actor_is_the_commands_error(teacher_world: Any) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_teacher_that_dies_while_loading_is_blamed_on_no_sample(teacher_world: Any) -> None:
+def test_a_teacher_that_dies_while_loading_is_blamed_on_no_sample(ray_cluster: Any, teacher_world: Any) -> None:
     """The command ends with a message; nothing is committed, nobody is set aside."""
     config = teacher_world.config(executor={"type": "ray", "num_actors": 1, "max_attempts": 2, "backoff_s": 0.05})
     process = teacher_world.start("capture", config, "engine.die_at_start=true")
