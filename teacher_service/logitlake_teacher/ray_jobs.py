@@ -13,6 +13,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import time
 import tomllib
 import urllib.error
 import urllib.parse
@@ -39,6 +40,10 @@ _COMMANDS: dict[str, type[CaptureConfig] | type[PairsConfig]] = {"capture": Capt
 _RUN_DIGITS = 12
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _REQUEST_S = 30.0
+# A head that has just started answers so (500) until the agents of its nodes have told it of themselves.
+_NO_AGENT = "No available agent"
+_AGENTS_S = 60.0
+_AGENT_LOOK_S = 1.0
 # After the grace for the units under way: the snapshot and the catalog.
 _STOP_MARGIN_S = 60
 
@@ -177,7 +182,7 @@ class RayJobs:
             },
         }
         try:
-            self._call("POST", "", body)
+            self._post_job(body)
         except JobError:
             # Ray answers a taken submission id like any failure: only a look tells them apart.
             known = [one for one in self.attempts(run.name) if one.number == number]
@@ -194,6 +199,19 @@ class RayJobs:
         """All that the driver wrote until now."""
         text: str = self._call("GET", f"{submission_id}/logs")["logs"] or ""
         return text
+
+    def _post_job(self, body: object) -> None:
+        """Posts it, again while the cluster is still finding its agents: the submission id makes that one job."""
+        end = time.monotonic() + _AGENTS_S
+        while True:
+            try:
+                self._call("POST", "", body)
+            except JobError as error:
+                if _NO_AGENT not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(_AGENT_LOOK_S)
+            else:
+                return
 
     def _call(self, method: str, path: str, body: object = None) -> Any:
         url = f"{self.address}/api/jobs/{urllib.parse.quote(path)}"
@@ -284,7 +302,7 @@ def _absolute(value: Configured, name: str = "") -> Configured:
         made = tuple(_absolute(one) for one in value)
     elif isinstance(value, Path):
         made = value.expanduser().absolute()
-    elif name == "uri" and isinstance(value, str) and "://" not in value:
+    elif name in ("uri", "image_root") and isinstance(value, str) and "://" not in value:
         made = str(Path(value).expanduser().absolute())
     result: Configured = made
     return result

@@ -199,6 +199,7 @@ def test_a_run_is_named_by_what_it_does(tmp_path: Path, monkeypatch: pytest.Monk
     assert loaded == run
     assert loaded.config.teacher.model_dir == tmp_path / "model"
     assert loaded.config.data[0].path == tmp_path / "train.json"
+    assert loaded.config.data[0].image_root == str(tmp_path)
 
 
 def test_a_run_that_was_edited_is_refused(tmp_path: Path) -> None:
