@@ -6,25 +6,30 @@ learned by the student, and a generated answer has the ids that a cached one has
 (`RENDERER`), which is part of a capture's fingerprint together with the token map and the template.
 """
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
 
 from logitlake_schemas import TokenizerIdentity, fingerprint, sha256_hex
 from logitlake_shared.alignment import interleave
 from logitlake_shared.errors import ConfigError, DataError
+from logitlake_shared.messages import Messages
 
 __all__ = ["RENDERER", "Rendered", "Renderer", "without_images"]
 
 RENDERER = "template-prompt+lone-response+eos/1"
 
 Int32 = npt.NDArray[np.int32]
-Messages = Sequence[Mapping[str, Any]]
+_UNASKED = "an assistant turn must follow a user turn"
+_Segment = tuple[str, str | None]
+"""a prompt segment, and the response behind it; None for one that is still to come"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class Renderer:
         if self._tokenizer.eos_token_id is None:
             raise ConfigError(f"{model_dir}: the tokenizer names no EOS token, which closes every response")
         self.model_dir = model_dir
+        self._eos = str(self._tokenizer.eos_token)
+        self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
         self.eos_id = int(self._tokenizer.eos_token_id)
         pad_id = self._tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad_id is None else int(pad_id)
@@ -83,12 +93,20 @@ class Renderer:
 
         With `open_end` a conversation may end with a user turn: its last response is then empty, without EOS.
         """
-        segments: list[list[tuple[str, str | None]] | DataError] = []
-        for messages in conversations:
-            try:
-                segments.append(self._segments(messages, open_end))
-            except DataError as error:
-                segments.append(error)
+        asked = [_answered_turns(messages, open_end) for messages in conversations]
+        histories = [
+            messages[:end]
+            for messages, ends in zip(conversations, asked, strict=True)
+            if not isinstance(ends, DataError)
+            for end in ends
+        ]
+        prompts = iter(self._prompt_texts(histories))
+        segments = [
+            ends
+            if isinstance(ends, DataError)
+            else self._segments(messages, ends, list(itertools.islice(prompts, len(ends))))
+            for messages, ends in zip(conversations, asked, strict=True)
+        ]
         texts = [
             text
             for turns in segments
@@ -96,34 +114,20 @@ class Renderer:
             for prompt, response in turns
             for text in (prompt, response or "")
         ]
-        ids = iter(self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
-        rendered: list[Rendered | DataError] = []
-        for turns in segments:
-            if isinstance(turns, DataError):
-                rendered.append(turns)
-                continue
-            prompts, responses = [], []
-            for _, response in turns:
-                prompts.append(next(ids))
-                responses.append([*next(ids), *([] if response is None else [self.eos_id])])
-            rendered.append(
-                Rendered(
-                    prompt_ids=np.array([token for own in prompts for token in own], np.int32),
-                    prompt_lengths=np.array([len(own) for own in prompts], np.int32),
-                    response_ids=np.array([token for own in responses for token in own], np.int32),
-                    response_lengths=np.array([len(own) for own in responses], np.int32),
-                )
-            )
-        return rendered
+        return self._rendered(segments, iter(self._ids(texts)))
 
     def render_prompt(self, messages: Messages) -> Int32:
         """The ids of a conversation that waits for the assistant: history and generation prompt."""
-        text = self._prompt_text(messages)
-        return np.array(self._ids(text), np.int32)
+        if not _asks(messages):
+            raise DataError(_UNASKED)
+        (text,) = self._prompt_texts([messages])
+        if isinstance(text, DataError):
+            raise text
+        return np.array(self._ids([text])[0], np.int32)
 
     def render_response(self, text: str) -> Int32:
         """The ids of one response, EOS included."""
-        return np.array([*self._ids(text), self.eos_id], np.int32)
+        return np.array([*self._ids([text])[0], self.eos_id], np.int32)
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """The text of response ids, special tokens left out, surrounding blanks stripped."""
@@ -146,41 +150,44 @@ class Renderer:
             image_token_id=self.image_token_id,
         )
 
-    def _segments(self, messages: Messages, open_end: bool) -> list[tuple[str, str | None]]:
-        """Prompt segment and response text of each assistant turn; None for a response that is still open."""
-        turns: list[tuple[str, str | None]] = []
+    def _segments(
+        self, messages: Messages, ends: Sequence[int], prompts: Sequence[str | DataError]
+    ) -> list[_Segment] | DataError:
+        """Prompt segment and response text of each turn that ends before `ends`; `prompts` are the histories' texts."""
+        segments: list[_Segment] = []
         text_so_far = ""
-        for end, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            text = self._continued(messages[:end], text_so_far)
-            response = _text(message["content"])
-            turns.append((text.removeprefix(text_so_far), response))
-            text_so_far = text + response + str(self._tokenizer.eos_token)
-        if not messages or messages[-1]["role"] != "assistant":
-            if not open_end:
-                raise DataError(
-                    "the conversation does not end with an assistant turn; there is nothing to learn from it"
+        for end, text in zip(ends, prompts, strict=True):
+            if isinstance(text, DataError):
+                return text
+            if not text.startswith(text_so_far):
+                return DataError(
+                    "the chat template does not write a finished assistant turn as its text and EOS, so that turn "
+                    f"{end} cannot follow; expected the prompt to begin with {text_so_far[-40:]!r}"
                 )
-            turns.append((self._continued(messages, text_so_far).removeprefix(text_so_far), None))
-        return turns
+            response = _text(messages[end]["content"]) if end < len(messages) else None
+            segments.append((text[len(text_so_far) :], response))
+            text_so_far = f"{text}{response}{self._eos}"
+        return segments
 
-    def _continued(self, messages: Messages, text_so_far: str) -> str:
-        text = self._prompt_text(messages)
-        if not text.startswith(text_so_far):
-            raise DataError(
-                "the chat template does not write a finished assistant turn as its text and EOS, so that turn "
-                f"{len(messages)} cannot follow; expected the prompt to begin with {text_so_far[-40:]!r}"
-            )
-        return text
+    def _prompt_texts(self, histories: Sequence[Messages]) -> list[str | DataError]:
+        """Each history and the generation prompt as text, in one call of the template where it refuses none."""
+        as_read = [[self._as_the_template_reads(message) for message in messages] for messages in histories]
+        try:
+            return list(self._templated(as_read)) if as_read else []
+        except jinja2.TemplateError:
+            return [self._text_or_refusal(messages) for messages in as_read]
 
-    def _prompt_text(self, messages: Messages) -> str:
-        if not messages or messages[-1]["role"] != "user":
-            raise DataError("an assistant turn must follow a user turn")
-        text: str = self._tokenizer.apply_chat_template(
-            [self._as_the_template_reads(message) for message in messages], tokenize=False, add_generation_prompt=True
+    def _text_or_refusal(self, messages: list[dict[str, Any]]) -> str | DataError:
+        try:
+            return self._templated([messages])[0]
+        except jinja2.TemplateError as error:
+            return DataError(f"the chat template refuses the conversation: {error}")
+
+    def _templated(self, conversations: list[list[dict[str, Any]]]) -> list[str]:
+        texts: list[str] = self._tokenizer.apply_chat_template(
+            conversations, tokenize=False, add_generation_prompt=True
         )
-        return text
+        return texts
 
     def _as_the_template_reads(self, message: Mapping[str, Any]) -> dict[str, Any]:
         # Templates of text-only models add the content to a string; those of multimodal ones walk over its parts.
@@ -189,9 +196,47 @@ class Renderer:
             return {**message, "content": _text(content)}
         return dict(message)
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        if self._backend is None:
+            ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+            return ids
+        # What the call above does, without the masks and offsets that nobody asked for.
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _rendered(
+        self, segments: Sequence[list[_Segment] | DataError], ids: Iterator[list[int]]
+    ) -> list[Rendered | DataError]:
+        """The segments in ids: `ids` holds those of each prompt and response in turn. Arrays are views of a few."""
+        prompts: list[int] = []
+        responses: list[int] = []
+        lengths: list[tuple[int, int]] = []
+        stops: list[tuple[int, int, int]] = []
+        for turns in segments:
+            for _, response in () if isinstance(turns, DataError) else turns:
+                prompt, answer = next(ids), next(ids)
+                if response is not None:
+                    answer.append(self.eos_id)
+                prompts += prompt
+                responses += answer
+                lengths.append((len(prompt), len(answer)))
+            stops.append((len(prompts), len(lengths), len(responses)))
+        prompt_ids, response_ids = np.array(prompts, np.int32), np.array(responses, np.int32)
+        prompt_lengths, response_lengths = np.array(lengths, np.int32).reshape(-1, 2).T.copy()
+        rendered: list[Rendered | DataError] = []
+        for turns, start, stop in zip(segments, [(0, 0, 0), *stops[:-1]], stops, strict=True):
+            rendered.append(
+                turns
+                if isinstance(turns, DataError)
+                else Rendered(
+                    prompt_ids[start[0] : stop[0]],
+                    prompt_lengths[start[1] : stop[1]],
+                    response_ids[start[2] : stop[2]],
+                    response_lengths[start[1] : stop[1]],
+                )
+            )
+        return rendered
 
 
 def without_images(messages: Messages) -> list[dict[str, Any]]:
@@ -214,6 +259,20 @@ def _load_tokenizer(model_dir: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_dir)
+
+
+def _answered_turns(messages: Messages, open_end: bool) -> list[int] | DataError:
+    """The place of each assistant turn; with `open_end` a turn that is still to come counts."""
+    ends = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if not ends or ends[-1] != len(messages) - 1:
+        if not open_end:
+            return DataError("the conversation does not end with an assistant turn; there is nothing to learn from it")
+        ends.append(len(messages))
+    return ends if all(_asks(messages[:end]) for end in ends) else DataError(_UNASKED)
+
+
+def _asks(history: Messages) -> bool:
+    return bool(history) and history[-1]["role"] == "user"
 
 
 def _content_parts(content: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

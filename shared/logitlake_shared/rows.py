@@ -5,7 +5,6 @@ Readers and writers meet here: a shard is `samples_to_table(...)` written out, a
 `logitlake_schemas.columns`; this module only knows which field of a record feeds which column.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow as pa
 
 from logitlake_schemas import IMAGE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TAIL_COLUMNS, arrow_schema
 from logitlake_shared.arrow_lists import column_views, list_array
+from logitlake_shared.messages import Messages, StoredMessages, messages_text
 from logitlake_shared.topk import StoredRows
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
-Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _origin(rows: Sequence[LakeSample] | Sequence[LakePair]) -> dict[str, list[A
         "task": [row.task for row in rows],
         "source": [row.source for row in rows],
         "split": [row.split for row in rows],
-        "messages": [json.dumps(row.messages, ensure_ascii=False) for row in rows],
+        "messages": [messages_text(row.messages) for row in rows],
     }
 
 
@@ -216,7 +215,7 @@ class SampleViews(_Views):
             task=columns["task"][row],
             source=columns["source"][row],
             split=columns["split"][row],
-            messages=json.loads(columns["messages"][row]),
+            messages=StoredMessages(columns["messages"][row]),
             prompt_ids=columns["prompt_ids"][row],
             prompt_lengths=columns["prompt_lengths"][row],
             response_ids=columns["response_ids"][row],
@@ -252,7 +251,7 @@ class PairViews(_Views):
             task=columns["task"][row],
             source=columns["source"][row],
             split=columns["split"][row],
-            messages=json.loads(columns["messages"][row]),
+            messages=StoredMessages(columns["messages"][row]),
             prompt_ids=columns["prompt_ids"][row],
             image_sha256=tuple(columns["image_sha256"][row]),
             chosen_ids=columns["chosen_ids"][row],

@@ -4,7 +4,6 @@ The records cross process borders: arrays, strings and bytes only.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from logitlake_schemas import UnitError
 from logitlake_shared.alignment import interleave
 from logitlake_shared.data_formats import ImageRef
+from logitlake_shared.messages import Messages
 
 __all__ = ["Item", "PlannedPair", "PlannedSample", "Unit", "single_turn"]
 
@@ -26,7 +26,7 @@ class PlannedSample:
     task: str
     source: str
     split: str
-    messages: list[dict[str, Any]]
+    messages: Messages
     prompt_ids: Int32
     prompt_lengths: Int32
     response_ids: Int32
@@ -55,7 +55,7 @@ class PlannedPair:
     task: str
     source: str
     split: str
-    messages: list[dict[str, Any]]
+    messages: Messages
     prompt_ids: Int32
     chosen_ids: Int32
     rejected_ids: Int32

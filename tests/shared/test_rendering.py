@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from logitlake_shared.errors import ConfigError, DataError
-from logitlake_shared.rendering import Renderer
+from logitlake_shared.rendering import Rendered, Renderer
 
 WORDS = ["<unk>", "<end>", "<image>", "user:", "bot:", "what", "is", "it", "a", "seven", "sure", "yes"]
 TEMPLATE = (
@@ -99,6 +99,41 @@ def test_a_template_that_hides_the_end_of_a_turn_is_refused(tmp_path: Path) -> N
     turns = [IMAGE_TURN, {"role": "assistant", "content": "a"}, IMAGE_TURN, {"role": "assistant", "content": "a"}]
     with pytest.raises(DataError, match="does not write a finished assistant turn"):
         renderer.render(turns)
+
+
+def test_a_refusal_of_the_template_is_that_of_one_conversation(tmp_path: Path) -> None:
+    """Whatever a template raises is said of the conversation that it raised for; the others are rendered."""
+    refusing = TEMPLATE.replace(
+        "{% for m", "{% if messages|length > 2 %}{{ raise_exception('one turn only') }}{% endif %}{% for m", 1
+    )
+    renderer = Renderer(_save(tmp_path / "strict", refusing))
+    answer = {"role": "assistant", "content": "yes"}
+    first, refused, last = renderer.render_batch(
+        [[IMAGE_TURN, answer], [IMAGE_TURN, answer, IMAGE_TURN, answer], [IMAGE_TURN, answer]]
+    )
+    assert isinstance(refused, DataError)
+    assert "refuses the conversation: one turn only" in str(refused)
+    assert isinstance(first, Rendered)
+    assert isinstance(last, Rendered)
+    assert first.prompt_ids.tolist() == last.prompt_ids.tolist() == [3, 2, 5, 6, 7, 4]
+
+
+def test_many_at_once_are_what_each_is_alone(renderer: Renderer) -> None:
+    """A batch of sound, open, multi-turn and refused conversations; and the ids are the tokenizer's own."""
+    answer = {"role": "assistant", "content": "a seven"}
+    conversations = [
+        [IMAGE_TURN, answer],
+        [answer],
+        [IMAGE_TURN, answer, {"role": "user", "content": "sure"}, {"role": "assistant", "content": ""}],
+        [],
+        [IMAGE_TURN],
+    ]
+    together = renderer.render_batch(conversations, open_end=True)
+    for messages, one in zip(conversations, together, strict=True):
+        (alone,) = renderer.render_batch([messages], open_end=True)
+        assert repr(alone) == repr(one)
+    texts = ["what is it", "", "<image> a seven"]
+    assert renderer._ids(texts) == renderer._tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def test_a_text_only_template_gets_text(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def view_sample(
         task=row.task,
         source=row.source,
         split=row.split,
-        messages=row.messages,
+        messages=[dict(message) for message in row.messages],
         prompt_tokens=len(row.prompt_ids),
         expanded_length=row.expanded_length if isinstance(row, LakeSample) else None,
         ended_by=row.finish_reason if isinstance(row, LakeSample) else row.made_by,

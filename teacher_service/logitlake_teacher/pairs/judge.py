@@ -8,7 +8,6 @@ one prefill, and the rating is exact whatever the teacher would have gone on to 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from logitlake_schemas import CaptureSpec, UnitError, sha256_hex
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.images import DecodedImage
+from logitlake_shared.messages import Messages
 from logitlake_shared.rendering import Renderer
 from logitlake_shared.topk import TeacherRows
 from logitlake_teacher.config import JudgeRanking
@@ -28,8 +28,6 @@ __all__ = ["JUDGE_K", "Judge", "Judged"]
 
 JUDGE_K = 20
 """Entries a token that are asked for: the answers stand among the first few, and what does not is asked for by name."""
-
-Messages = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ become, and the digests that order it, name it and find its duplicates. A unit o
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import pyarrow as pa
 from logitlake_schemas import CacheKind, UnitError
 from logitlake_shared.arrow_lists import column_views, list_array
 from logitlake_shared.data_formats import ImageRef
+from logitlake_shared.messages import StoredMessages, messages_text
 from logitlake_teacher.items import Item, PlannedPair, PlannedSample
 
 __all__ = ["DIGEST_BYTES", "Draft", "digest", "items_of", "plan_schema", "reference_of", "rows_of", "set_columns"]
@@ -70,7 +70,7 @@ def rows_of(kind: CacheKind, drafts: Sequence[Draft], *, tolerant: bool = False)
     `tolerant`: their source lets problems pass.
     """
     items = [draft.item for draft in drafts]
-    messages = [json.dumps(item.messages, ensure_ascii=False) for item in items]
+    messages = [messages_text(item.messages) for item in items]
     contents = [digest(*(getattr(item, name).tobytes() for name in _QUESTION_OF[kind])) for item in items]
     columns: dict[str, list[Any]] = {
         "order_key": [_order_key(item, content) for item, content in zip(items, contents, strict=True)],
@@ -134,7 +134,7 @@ def _common(columns: dict[str, Any], row: int) -> dict[str, Any]:
         "task": columns["task"][row],
         "source": columns["source"][row],
         "split": columns["split"][row],
-        "messages": json.loads(columns["messages"][row]),
+        "messages": StoredMessages(columns["messages"][row]),
         "prompt_ids": columns["prompt_ids"][row],
         "images": tuple(reference_of(record) for record in columns["images"][row]),
         "image_sha256": tuple(columns["image_sha256"][row]),
@@ -155,11 +155,8 @@ def _record_digest(kind: CacheKind, item: Item, messages: str) -> bytes:
 
 def digest(*parts: bytes) -> bytes:
     """Over the parts and their lengths, so that nothing can move from one part to its neighbour unseen."""
-    running = hashlib.sha256()
-    for part in parts:
-        running.update(len(part).to_bytes(8, "little"))
-        running.update(part)
-    return running.digest()[:DIGEST_BYTES]
+    framed = b"".join([piece for part in parts for piece in (len(part).to_bytes(8, "little"), part)])
+    return hashlib.sha256(framed).digest()[:DIGEST_BYTES]
 
 
 def reference_of(record: dict[str, Any]) -> ImageRef:

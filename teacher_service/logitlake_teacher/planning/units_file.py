@@ -4,7 +4,7 @@ Beside it stands an index (id, items, tokens of each unit), small enough for mem
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -60,8 +60,7 @@ class UnitsWriter:
     def add(self, rows: pa.Table, length_N: npt.NDArray[np.int64], digests: Sequence[bytes]) -> None:
         """The next rows in order, with the tokens and the digest of each item."""
         start = 0
-        for first, stop in self._groups(rows, length_N):
-            tokens = int(length_N[first:stop].sum())
+        for first, tokens in self._groups(rows, length_N):
             if self._pending_tokens + tokens > self._unit_tokens:
                 self._take(rows, start, first, digests)
                 self._flush()
@@ -69,17 +68,19 @@ class UnitsWriter:
             self._pending_tokens += tokens
         self._take(rows, start, rows.num_rows, digests)
 
-    def _groups(self, rows: pa.Table, length_N: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Rows that share an order key, as long as they fit a unit together; else one by one."""
+    def _groups(self, rows: pa.Table, length_N: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+        """First row and tokens of the rows that share an order key; one by one if they do not fit a unit."""
         if not rows.num_rows:
-            return []
+            return
         keys = np.asarray(rows.column("order_key").to_pylist(), dtype=object)
         borders = [0, *(np.flatnonzero(keys[1:] != keys[:-1]) + 1).tolist(), rows.num_rows]
-        groups: list[tuple[int, int]] = []
+        tokens_before = np.append(0, np.cumsum(length_N)).tolist()
         for first, stop in pairwise(borders):
-            together = int(length_N[first:stop].sum()) <= self._unit_tokens
-            groups += [(first, stop)] if together else [(place, place + 1) for place in range(first, stop)]
-        return groups
+            tokens = tokens_before[stop] - tokens_before[first]
+            if tokens <= self._unit_tokens:
+                yield first, tokens
+            else:
+                yield from ((place, int(length_N[place])) for place in range(first, stop))
 
     def _take(self, rows: pa.Table, start: int, stop: int, digests: Sequence[bytes]) -> None:
         if stop > start:
