@@ -1,0 +1,125 @@
+"""The four stages. The defaults on their fields are the preset `improved`."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from logitlake_shared.config import StrictModel
+
+__all__ = ["STAGE_ORDER", "D2DStage", "D2SStage", "InitStage", "PreferenceStage", "StageConfig"]
+
+STAGE_ORDER = ("init", "d2d", "d2s", "preference")
+
+
+class _Stage(StrictModel):
+    steps: int = Field(gt=0)
+    """optimiser steps"""
+    tasks: tuple[str, ...] | None = None
+    """learn from these tasks only; default: all"""
+    batch_size: int = Field(default=64, gt=0)
+    """samples (or pairs) of one optimiser step, over all micro-batches"""
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """samples of one forward pass; default: the whole batch"""
+    learning_rate: float = Field(gt=0)
+    """peak of the schedule: linear warm-up, then cosine to zero"""
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """share of the steps that warm up"""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay of the gradient's mean"""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW's decay of the gradient's square"""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay"""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """gradients are clipped to this global norm"""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """seed of the order of the samples"""
+    log_every: int = Field(default=10, gt=0)
+    """steps between two lines of metrics"""
+    save_every: int = Field(default=100, gt=0)
+    """steps between two checkpoints; a multiple of `log_every`, so that a resumed run repeats whole lines"""
+    chunk_rows: int = Field(default=1024, gt=0)
+    """response rows whose logits are alive at one time; memory, not meaning"""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        if self.save_every % self.log_every:
+            raise ValueError(f"save_every {self.save_every} is not a multiple of log_every {self.log_every}")
+        return self
+
+
+class _DistillationStage(_Stage):
+    tail: Literal["bounded", "bucket"] = "bounded"
+    """what the KL makes of the mass outside the cached entries: `bucket` compares it as one class, `bounded` also
+    uses that no token in it is more probable than the least cached one or the codec's floor"""
+
+
+class InitStage(_DistillationStage):
+    """Adaptor init: the projector learns from labels."""
+
+    type: Literal["init"]
+    """which stage this is"""
+    kl_weight: float = Field(default=0.0, ge=0)
+    """weight of forward_kl = KL(teacher‖student), per token"""
+    ce_weight: float = Field(default=1.0, ge=0)
+    """weight of the cross-entropy on the labels, per token"""
+
+
+class D2DStage(_DistillationStage):
+    """Dense to dense: language model and projector learn the teacher's distribution."""
+
+    type: Literal["d2d"]
+    """which stage this is"""
+    kl_weight: float = Field(default=1.0, ge=0)
+    """weight of forward_kl = KL(teacher‖student), per token"""
+    ce_weight: float = Field(default=0.0, ge=0)
+    """weight of the cross-entropy on the labels, per token"""
+
+
+class D2SStage(_DistillationStage):
+    """Dense to sparse: the dense student is upcycled, its feed-forward networks and routers learn on."""
+
+    type: Literal["d2s"]
+    """which stage this is"""
+    kl_weight: float = Field(default=1.0, ge=0)
+    """weight of forward_kl = KL(teacher‖student), per token"""
+    ce_weight: float = Field(default=0.0, ge=0)
+    """weight of the cross-entropy on the labels, per token"""
+    num_experts: int = Field(default=4, ge=2)
+    """experts of a sparse layer"""
+    num_experts_per_tok: int = Field(default=2, ge=1)
+    """experts that each token is sent to"""
+    layers: Literal["every_other", "all", "first_half", "second_half"] | tuple[int, ...] = "every_other"
+    """which layers become sparse"""
+    router_seed: int = 0
+    """seed of the fresh routers"""
+    balance_weight: float = Field(default=0.01, ge=0)
+    """weight of the load-balancing loss: mean over layers, frequencies of a micro-batch"""
+    z_loss_weight: float = Field(default=0.0, ge=0)
+    """weight of the router z-loss"""
+
+
+class PreferenceStage(_Stage):
+    """Preference distillation: chosen responses gain on rejected ones, measured against a reference."""
+
+    type: Literal["preference"]
+    """which stage this is"""
+    loss: Literal["dpo", "kto_pair", "ipo", "hinge"] = "dpo"
+    """which preference loss; the baseline of `kto_pair` is the mean over a micro-batch"""
+    beta: float = Field(default=0.1, gt=0)
+    """how strongly the reference holds"""
+    reference: Literal["teacher", "initial_student", "none"] = "teacher"
+    """whose logprobs the rewards are measured against; the teacher's are in the lake"""
+    nll_weight: float = Field(default=0.1, ge=0)
+    """weight of the chosen response's negative log-likelihood per token"""
+    anchor_weight: float = Field(default=0.0, ge=0)
+    """weight of the anchor that keeps the chosen reward above zero"""
+    length_normalised: bool = False
+    """divide each response's logprob by its tokens before the loss"""
+    balance_weight: float = Field(default=0.01, ge=0)
+    """weight of the load-balancing loss: mean over layers, frequencies of a micro-batch"""
+
+
+StageConfig = Annotated[InitStage | D2DStage | D2SStage | PreferenceStage, Field(discriminator="type")]

@@ -1,0 +1,71 @@
+"""`logitlake-student train`: rows, student, stages."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from logitlake_shared.config import StrictModel
+from logitlake_student.config.presets import FAITHFUL
+from logitlake_student.config.stages import STAGE_ORDER, StageConfig
+from logitlake_student.config.student import StudentConfig
+
+__all__ = ["DataConfig", "TrainConfig"]
+
+
+class DataConfig(StrictModel):
+    """Where the rows come from."""
+
+    lake: str
+    """folder or object-store address of the lake"""
+    samples: str
+    """cache of captured samples"""
+    pairs: str | None = None
+    """cache of preference pairs; needed by a preference stage"""
+    split: str = "train"
+    """split of the samples to learn from"""
+    snapshot: int | None = Field(default=None, gt=0)
+    """snapshot of the samples to pin; default: the newest at the first run"""
+
+
+class TrainConfig(StrictModel):
+    """`logitlake-student train`: the stages in their order, each from where the one before it ended."""
+
+    output: Path
+    """folder of the run; one folder a stage inside"""
+    preset: Literal["improved", "faithful"] = "improved"
+    """which defaults the stages start from"""
+    student: StudentConfig
+    """what the student is made of"""
+    data: DataConfig
+    """where the rows come from"""
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    """one `[[stages]]` table a stage, in the order init, d2d, d2s, preference; any may be left out"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the student trains"""
+    num_threads: int | None = Field(default=None, gt=0)
+    """CPU threads; default: torch's own choice. Resuming bit for bit needs the same number"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, document: Any) -> Any:
+        if not isinstance(document, dict) or document.get("preset") != "faithful":
+            return document
+        if not isinstance(document.get("stages"), list | tuple):
+            return document
+        stages = [
+            {**FAITHFUL.get(str(stage.get("type")), {}), **stage} if isinstance(stage, dict) else stage
+            for stage in document["stages"]
+        ]
+        return {**document, "stages": stages}
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        names = [stage.type for stage in self.stages]
+        if len(set(names)) != len(names) or sorted(names, key=STAGE_ORDER.index) != names:
+            raise ValueError(
+                f"stages must be distinct and in the order {', '.join(STAGE_ORDER)}; got {', '.join(names)}"
+            )
+        if "preference" in names and self.data.pairs is None:
+            raise ValueError("a preference stage needs `data.pairs`, the cache of preference pairs")
+        return self
