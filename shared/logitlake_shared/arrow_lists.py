@@ -1,5 +1,7 @@
 """Numeric lists between numpy and Arrow: one buffer and its offsets, both ways, never an object for each element."""
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,11 @@ class _ListViews:
 
     def __init__(self, values: npt.NDArray[Any], offsets: list[int], missing: frozenset[int]) -> None:
         self._values, self._offsets, self._missing = values, offsets, missing
+
+    def __iter__(self) -> Iterator[npt.NDArray[Any] | None]:
+        if self._missing:
+            return map(self.__getitem__, range(len(self._offsets) - 1))
+        return (self._values[start:stop] for start, stop in pairwise(self._offsets))
 
     def __getitem__(self, row: int) -> npt.NDArray[Any] | None:
         return None if row in self._missing else self._values[self._offsets[row] : self._offsets[row + 1]]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from logitlake_schemas import (
@@ -72,7 +73,8 @@ class UnitResult:
     """What capturing one unit gave: rows of the cache's kind, their images, and the samples that failed."""
 
     unit: str
-    samples: Sequence[LakeSample] = ()
+    samples: Sequence[LakeSample] | pa.Table = ()
+    """as records, or as the table that they make (`rows.stored_table`)"""
     pairs: Sequence[LakePair] = ()
     images: Sequence[LakeImage] = ()
     errors: Sequence[UnitError] = ()
@@ -297,9 +299,10 @@ class Cache:
     def _prepare(self, result: UnitResult) -> list[tuple[ShardEntry, bytes]]:
         """The unit's shards, in memory."""
         shards = []
-        if result.samples:
-            tokens = sum(len(sample.response_ids) for sample in result.samples)
-            shards.append(self._shard("samples", samples_to_table(result.samples), tokens, result))
+        if len(result.samples):
+            table = result.samples if isinstance(result.samples, pa.Table) else samples_to_table(result.samples)
+            tokens = pc.sum(pc.list_value_length(table.column("response_ids"))).as_py()
+            shards.append(self._shard("samples", table, tokens, result))
         if result.pairs:
             tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in result.pairs)
             shards.append(self._shard("pairs", pairs_to_table(result.pairs), tokens, result))

@@ -5,7 +5,7 @@ Readers and writers meet here: a shard is `samples_to_table(...)` written out, a
 `logitlake_schemas.columns`; this module only knows which field of a record feeds which column.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,10 @@ __all__ = [
     "pairs_to_table",
     "samples_from_table",
     "samples_to_table",
+    "stored_table",
 ]
 
+_SAMPLE_SCHEMA = arrow_schema(SAMPLE_COLUMNS)
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 
@@ -118,7 +120,33 @@ def samples_to_table(samples: Sequence[LakeSample]) -> pa.Table:
         "entropy": [row.entropy_T for row in rows],
         "finish_reason": [sample.finish_reason for sample in samples],
     }
-    return _table(columns, arrow_schema(SAMPLE_COLUMNS))
+    return _table(columns, _SAMPLE_SCHEMA)
+
+
+def stored_table(described: Mapping[str, Sequence[Any]], rows: StoredRows) -> pa.Table:
+    """A table of `SAMPLE_COLUMNS` from its columns and from the rows of all its samples, one after the other.
+
+    `described` holds every column that is not made of `rows`, with `messages` as text. What a capture has is written
+    as it is: nothing is taken apart by sample to be joined again.
+    """
+    tokens = np.cumsum([0, *map(len, described["response_ids"])], dtype=np.int32)
+    entries = np.append(0, np.cumsum(rows.k_T, dtype=np.int64))[tokens].astype(np.int32)
+    by_token = {
+        "k": rows.k_T,
+        "label_logprob": rows.label_logprob_T,
+        "label_rank": rows.label_rank_T,
+        "log_tail_mass": rows.log_tail_mass_T,
+        "entropy": rows.entropy_T,
+        **{TAIL_COLUMNS[temperature]: tails_T for temperature, tails_T in rows.log_tails_T.items()},
+    }
+    by_entry = {"topk_ids": rows.topk_ids, "topk_logprobs": rows.topk_logprobs}
+    missing = {name: [None] * len(described["response_ids"]) for name in TAIL_COLUMNS.values()}
+    cut = {
+        name: pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=_SAMPLE_SCHEMA.field(name).type)
+        for offsets, columns in ((tokens, by_token), (entries, by_entry))
+        for name, values in columns.items()
+    }
+    return _table({**missing, **described, **cut}, _SAMPLE_SCHEMA)
 
 
 def samples_from_table(table: pa.Table) -> list[LakeSample]:
@@ -175,8 +203,12 @@ def _origin(rows: Sequence[LakeSample] | Sequence[LakePair]) -> dict[str, list[A
     }
 
 
-def _table(columns: dict[str, list[Any]], schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_arrays([list_array(columns[field.name], field.type) for field in schema], schema=schema)
+def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    arrays = [
+        column if isinstance(column := columns[field.name], pa.Array) else list_array(column, field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 class _Views:

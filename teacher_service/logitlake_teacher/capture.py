@@ -5,12 +5,14 @@ What the teacher cannot answer becomes an error row of the unit's commit record,
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from logitlake_schemas import Codec, CommitRecord, SampledPolicy, StoredError, UnitError
 from logitlake_shared.draws import drawn_error, encode_draws
 from logitlake_shared.lake import Cache, UnitResult
+from logitlake_shared.messages import messages_text
 from logitlake_shared.rendering import Renderer
-from logitlake_shared.rows import LakeSample
+from logitlake_shared.rows import stored_table
 from logitlake_shared.topk import (
     DrawnRows,
     StoredRows,
@@ -18,7 +20,6 @@ from logitlake_shared.topk import (
     concatenate,
     encode,
     own_figures,
-    split,
     stored_error,
 )
 from logitlake_teacher.answers import Answer, answers_of
@@ -28,6 +29,19 @@ from logitlake_teacher.unit_images import LoadImages, load_images
 from logitlake_teacher.unit_work import committed_record, crash_errors, images_of, in_order
 
 __all__ = ["capture_unit"]
+
+_AS_PLANNED = (
+    "sample_id",
+    "task",
+    "source",
+    "split",
+    "prompt_ids",
+    "prompt_lengths",
+    "response_ids",
+    "response_lengths",
+    "image_sha256",
+)
+"""columns of a shard that are fields of the planned sample"""
 
 
 def capture_unit(
@@ -56,25 +70,36 @@ def capture_unit(
             errors[item.item_id] = answer
         else:
             accepted.append(answer)
-    samples, error = _encoded(accepted, cache.spec.codec)
     return cache.publish_unit(
         UnitResult(
             unit=unit.unit_id,
-            samples=samples,
-            images=images_of((sample.image_sha256 for sample in samples), images.encoded),
+            images=images_of((answer.sample.image_sha256 for answer in accepted), images.encoded),
             errors=in_order(unit, errors),
-            stored_error=error,
+            **_encoded(accepted, cache.spec.codec),
         )
     )
 
 
-def _encoded(answers: Sequence[Answer], codec: Codec) -> tuple[list[LakeSample], StoredError | None]:
-    """The samples as they are stored, and what storing them cost; encoded all at once, which is many times faster."""
+def _encoded(answers: Sequence[Answer], codec: Codec) -> dict[str, Any]:
+    """The `samples` of a unit as they are stored, and its `stored_error`: what storing them cost.
+
+    All at once, which is many times faster than sample by sample.
+    """
     if not answers:
-        return [], None
+        return {}
     stored, error = _encoded_rows([answer.rows for answer in answers], codec)
-    parts = split(stored, [len(answer.sample.response_ids) for answer in answers])
-    return [_lake_sample(answer, part, codec) for answer, part in zip(answers, parts, strict=True)], error
+    samples = [answer.sample for answer in answers]
+    described = {
+        **{name: [getattr(sample, name) for sample in samples] for name in _AS_PLANNED},
+        "messages": [messages_text(sample.messages) for sample in samples],
+        "expanded_length": [answer.expanded_length for answer in answers],
+        "finish_reason": [answer.finish_reason for answer in answers],
+        "label_logprob_no_image": [
+            None if answer.no_image_logprob_T is None else own_figures(answer.no_image_logprob_T, codec)
+            for answer in answers
+        ],
+    }
+    return {"samples": stored_table(described, stored), "stored_error": error}
 
 
 def _encoded_rows(answers: Sequence[TeacherRows | DrawnRows], codec: Codec) -> tuple[StoredRows, StoredError]:
@@ -84,23 +109,3 @@ def _encoded_rows(answers: Sequence[TeacherRows | DrawnRows], codec: Codec) -> t
     rows = concatenate([rows for rows in answers if isinstance(rows, TeacherRows)])
     stored = encode(rows, codec)
     return stored, stored_error(rows, stored)
-
-
-def _lake_sample(answer: Answer, stored: StoredRows, codec: Codec) -> LakeSample:
-    sample, no_image_T = answer.sample, answer.no_image_logprob_T
-    return LakeSample(
-        sample_id=sample.sample_id,
-        task=sample.task,
-        source=sample.source,
-        split=sample.split,
-        messages=sample.messages,
-        prompt_ids=sample.prompt_ids,
-        prompt_lengths=sample.prompt_lengths,
-        response_ids=sample.response_ids,
-        response_lengths=sample.response_lengths,
-        expanded_length=answer.expanded_length,
-        image_sha256=sample.image_sha256,
-        rows=stored,
-        finish_reason=answer.finish_reason,
-        label_logprob_no_image_T=None if no_image_T is None else own_figures(no_image_T, codec),
-    )

@@ -30,7 +30,7 @@ from logitlake_teacher.config import ImagesConfig, PlanConfig, Source
 from logitlake_teacher.engines.facts import EngineFacts
 from logitlake_teacher.planning.figures import PlanFigures, Tally
 from logitlake_teacher.planning.intake import Intake
-from logitlake_teacher.planning.pictures import Picture, Pictures
+from logitlake_teacher.planning.pictures import Pictures
 from logitlake_teacher.planning.rows import digest, plan_schema, reference_of, set_columns
 from logitlake_teacher.planning.spool import Spool
 from logitlake_teacher.planning.units_file import UnitsWriter
@@ -93,28 +93,24 @@ def build(
 
 
 class _UniqueIds:
-    """Eight bytes of a digest for each id: enough to suspect a repetition, which is then looked up."""
+    """Eight bytes of a hash for each id: enough to suspect a repetition, which is then looked up."""
 
     def __init__(self) -> None:
-        self._hashes = array("Q")
+        self._hashes = array("q")
 
     def add(self, rows: pa.RecordBatch) -> None:
-        self._hashes.extend(map(_id_hash, rows.column("item_id").to_pylist()))
+        self._hashes.extend(map(hash, rows.column("item_id").to_pylist()))
 
-    def repeated(self) -> npt.NDArray[np.uint64]:
-        hashes = np.sort(np.frombuffer(self._hashes, np.uint64)) if self._hashes else np.zeros(0, np.uint64)
+    def repeated(self) -> npt.NDArray[np.int64]:
+        hashes = np.sort(np.frombuffer(self._hashes, np.int64)) if self._hashes else np.zeros(0, np.int64)
         return np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-
-
-def _id_hash(item_id: str) -> int:
-    return int.from_bytes(hashlib.sha256(item_id.encode()).digest()[:8], "little")
 
 
 def _not_unique(buckets: Iterator[pa.Table], suspects: set[int]) -> DataError:
     places: dict[str, list[str]] = {}
     for rows in buckets:
         for item_id, where in zip(rows.column("item_id").to_pylist(), rows.column("where").to_pylist(), strict=True):
-            if _id_hash(item_id) in suspects:
+            if hash(item_id) in suspects:
                 places.setdefault(item_id, []).append(where)
     repeated = {item_id: sorted(wheres) for item_id, wheres in places.items() if len(wheres) > 1}
     item_id, wheres = min(repeated.items())
@@ -149,8 +145,11 @@ def _tally_problems(rows: pa.RecordBatch, tally: Tally) -> None:
 
 def _with_images(rows: pa.Table, pictures: Pictures, tally: Tally) -> pa.Table:
     """The rows with the digests and tokens of their images, and a problem where one cannot be used."""
-    references = [[reference_of(record) for record in own] for own in rows.column("images").to_pylist()]
-    seen = pictures.look_at(reference for own in references for reference in own)
+    num_images_N = _list_lengths(rows, "images")
+    if not num_images_N.any():
+        return rows
+    references = [reference_of(record) for record in pa.compute.list_flatten(rows.column("images")).to_pylist()]
+    seen = pictures.look_at(references)
     sound = [picture for picture in seen.values() if picture.problem is None]
     tally.add(
         {},
@@ -158,22 +157,25 @@ def _with_images(rows: pa.Table, pictures: Pictures, tally: Tally) -> pa.Table:
         images=len({picture.sha256 for picture in sound}),
         image_bytes=sum({picture.sha256: picture.num_bytes for picture in sound}.values()),
     )
+    looked = [seen[reference] for reference in references]
+    owner = np.repeat(np.arange(rows.num_rows), num_images_N).tolist()
     codes = rows.column("problem_code").to_pylist()
     messages = rows.column("problem_message").to_pylist()
     wheres, tolerated = rows.column("where").to_pylist(), rows.column("tolerated").to_pylist()
-    sha256, num_tokens = [], []
-    for place, own in enumerate(references):
-        looked: list[Picture] = [seen[reference] for reference in own]
-        sha256.append([picture.sha256 for picture in looked])
-        num_tokens.append(sum(picture.num_tokens for picture in looked))
-        problem = next((picture.problem for picture in looked if picture.problem is not None), None)
-        if problem is not None:
-            codes[place], messages[place] = problem
-            tally.problem(wheres[place], *problem, fatal=not tolerated[place])
+    # From the last image to the first, so that the first problem of an item is the one that is told.
+    problems = {
+        place: picture.problem for place, picture in zip(owner[::-1], looked[::-1], strict=True) if picture.problem
+    }
+    for place, problem in sorted(problems.items()):
+        codes[place], messages[place] = problem
+        tally.problem(wheres[place], *problem, fatal=not tolerated[place])
+    num_tokens = np.bincount(owner, [picture.num_tokens for picture in looked], rows.num_rows)
+    offsets = pa.array(np.append(0, np.cumsum(num_images_N)), pa.int32())
+    sha256 = pa.array([picture.sha256 for picture in looked], pa.string())
     return set_columns(
         rows,
-        image_sha256=pa.array(sha256, rows.schema.field("image_sha256").type),
-        num_image_tokens=pa.array(num_tokens, pa.int32()),
+        image_sha256=pa.ListArray.from_arrays(offsets, sha256, type=rows.schema.field("image_sha256").type),
+        num_image_tokens=pa.array(num_tokens.astype(np.int32)),
         problem_code=pa.array(codes, pa.string()),
         problem_message=pa.array(messages, pa.string()),
     )
@@ -218,17 +220,12 @@ def _tally_sound(rows: pa.Table, length_N: npt.NDArray[np.int64], kind: CacheKin
     is_sound_N = np.asarray(rows.column("problem_code").is_null().to_numpy(), np.bool_)
     sound = rows.filter(pa.array(is_sound_N))
     # Equal items have one order key, so they are in one table.
-    same = Counter(
-        zip(
-            sound.column("content_digest").to_pylist(),
-            map(tuple, sound.column("image_sha256").to_pylist()),
-            strict=True,
-        )
-    )
+    questions = zip(*(sound.column(name).to_pylist() for name in ("content_digest", "image_sha256")), strict=True)
+    distinct = {(content, *images) for content, images in questions}
     tally.add(
         Counter(sound.column("task").to_pylist()),
         length_N[is_sound_N],
         image_tokens=int(_PROMPTS[kind] * _image_tokens(sound).sum()),
         response_tokens=int(_response_lengths(sound, kind).sum()),
-        duplicates=sound.num_rows - len(same),
+        duplicates=sound.num_rows - len(distinct),
     )

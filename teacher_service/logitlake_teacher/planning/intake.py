@@ -195,13 +195,13 @@ def _checked(
         if num_images:
             return DataError(f"it has {num_images} images, but the teacher reads text only; use a multimodal one")
         return rendered
-    num_placeholders = int(np.count_nonzero(rendered.prompt_ids == token))
+    num_placeholders = rendered.prompt_ids.tolist().count(token)
     if num_placeholders != num_images:
         return DataError(
             f"the prompt holds {num_placeholders} image placeholders but {num_images} images were given; write "
             "<image> once for each image, in the order of the images"
         )
-    if np.count_nonzero(rendered.response_ids == token):
+    if token in rendered.response_ids.tolist():
         return DataError("an image placeholder stands inside a response; only prompts can hold images")
     return rendered
 

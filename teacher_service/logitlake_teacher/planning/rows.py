@@ -5,11 +5,14 @@ become, and the digests that order it, name it and find its duplicates. A unit o
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from logitlake_schemas import CacheKind, UnitError
@@ -21,6 +24,7 @@ from logitlake_teacher.items import Item, PlannedPair, PlannedSample
 __all__ = ["DIGEST_BYTES", "Draft", "digest", "items_of", "plan_schema", "reference_of", "rows_of", "set_columns"]
 
 DIGEST_BYTES = 16
+Int32 = npt.NDArray[np.int32]
 _IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
 _DIGEST = pa.binary(DIGEST_BYTES)
 _IMAGE_REF = pa.struct([("path", pa.string()), ("data", pa.binary()), ("uri", pa.string()), ("name", pa.string())])
@@ -104,44 +108,32 @@ def set_columns(table: pa.Table, **columns: pa.Array) -> pa.Table:
 
 def items_of(kind: CacheKind, rows: pa.Table) -> tuple[Item, ...]:
     """The inverse of `rows_of`, images and problems included. Arrays are views of the table's memory."""
-    columns = {name: column_views(rows.column(name)) for name in rows.schema.names}
-    make = _sample if kind == "samples" else _pair
-    return tuple(make(columns, row) for row in range(rows.num_rows))
+    described = _columns(rows, "item_id", "task", "source", "split", "messages", "images", "image_sha256")
+    problems = _columns(rows, "problem_code", "problem_message")
+    make = partial(_item, PlannedSample if kind == "samples" else PlannedPair)
+    return tuple(map(make, *described, *problems, *_columns(rows, *_IDS_OF[kind])))
 
 
-def _sample(columns: dict[str, Any], row: int) -> PlannedSample:
-    return PlannedSample(
-        sample_id=columns["item_id"][row],
-        prompt_lengths=columns["prompt_lengths"][row],
-        response_ids=columns["response_ids"][row],
-        response_lengths=columns["response_lengths"][row],
-        **_common(columns, row),
-    )
+def _item(
+    make: Callable[..., Item],
+    item_id: str,
+    task: str,
+    source: str,
+    split: str,
+    messages: str,
+    images: list[dict[str, Any]],
+    image_sha256: list[str],
+    code: str | None,
+    message: str | None,
+    *ids: Int32,
+) -> Item:
+    problem = None if code is None else UnitError(sample_id=item_id, code=code, message=message or "")
+    shown = tuple(map(reference_of, images)), tuple(image_sha256)
+    return make(item_id, task, source, split, StoredMessages(messages), *ids, *shown, problem)
 
 
-def _pair(columns: dict[str, Any], row: int) -> PlannedPair:
-    return PlannedPair(
-        pair_id=columns["item_id"][row],
-        chosen_ids=columns["chosen_ids"][row],
-        rejected_ids=columns["rejected_ids"][row],
-        **_common(columns, row),
-    )
-
-
-def _common(columns: dict[str, Any], row: int) -> dict[str, Any]:
-    code = columns["problem_code"][row]
-    return {
-        "task": columns["task"][row],
-        "source": columns["source"][row],
-        "split": columns["split"][row],
-        "messages": StoredMessages(columns["messages"][row]),
-        "prompt_ids": columns["prompt_ids"][row],
-        "images": tuple(reference_of(record) for record in columns["images"][row]),
-        "image_sha256": tuple(columns["image_sha256"][row]),
-        "problem": None
-        if code is None
-        else UnitError(sample_id=columns["item_id"][row], code=code, message=columns["problem_message"][row]),
-    }
+def _columns(rows: pa.Table, *names: str) -> list[Any]:
+    return [column_views(rows.column(name)) for name in names]
 
 
 def _order_key(item: Item, content: bytes) -> bytes:
