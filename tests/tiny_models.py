@@ -48,11 +48,12 @@ def save_tiny_llava(folder: Path) -> None:
     _save_llava_weights(tokenizer, folder)
 
 
-def save_tiny_qwen_vl(folder: Path, family: str = "qwen3_vl") -> None:
+def save_tiny_qwen_vl(folder: Path, family: str = "qwen3_vl", **text: Any) -> None:
     """A Qwen-VL with patches of 4x4 pixels merged by two: an image is a token for each 8x8 pixels, 4 to 32 of them.
 
     Deep-stacked image features, interleaved M-RoPE and the file layout are those of the released checkpoints.
-    `family` is the model type: `qwen3_vl`, `qwen3_vl_moe`, `qwen2_5_vl` or `qwen2_vl`.
+    `family` is the model type: `qwen3_vl`, `qwen3_vl_moe`, `qwen2_5_vl` or `qwen2_vl`; `text` are options of its
+    language model.
     """
     from transformers import Qwen2VLImageProcessorPil
 
@@ -65,20 +66,23 @@ def save_tiny_qwen_vl(folder: Path, family: str = "qwen3_vl") -> None:
     # torchvision to be made, its configuration does not.
     video = {"video_processor_type": "Qwen3VLVideoProcessor", **patches, "size": size}
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video), encoding="utf-8")
-    _save_qwen_vl_weights(tokenizer, family, folder)
+    _save_qwen_vl_weights(tokenizer, family, folder, text)
 
 
-def save_tiny_text(folder: Path, **options: Any) -> None:
-    """Qwen2 without eyes, its embeddings tied to its head; `options` are those of its configuration."""
+def save_tiny_text(folder: Path, family: str = "qwen2", **options: Any) -> None:
+    """A language model without eyes; `family` is its model type, `options` are those of its configuration.
+
+    Unless they say otherwise, two layers, embeddings tied to the head.
+    """
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     tokenizer = _tokenizer("", _ROLES)
     tokenizer.save_pretrained(folder)
-    text = {name: value for name, value in _text_options(tokenizer).items() if name != "head_dim"}
+    text = {name: value for name, value in _text_options(tokenizer).items() if name != "head_dim" or family != "qwen2"}
     torch.manual_seed(0)
-    config = Qwen2Config(**text, num_hidden_layers=2, tie_word_embeddings=True, **options)
-    Qwen2ForCausalLM(config).float().save_pretrained(folder)
+    config = CONFIG_MAPPING[family](**({"num_hidden_layers": 2, "tie_word_embeddings": True} | text | options))
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
 
 
 def _tokenizer(image_text: str, special_tokens: Sequence[str]) -> Any:
@@ -159,7 +163,7 @@ def _save_llava_weights(tokenizer: Any, folder: Path) -> None:
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _save_qwen_vl_weights(tokenizer: Any, family: str, folder: Path) -> None:
+def _save_qwen_vl_weights(tokenizer: Any, family: str, folder: Path, options: dict[str, Any]) -> None:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
@@ -187,7 +191,7 @@ def _save_qwen_vl_weights(tokenizer: Any, family: str, folder: Path) -> None:
     if family == "qwen3_vl_moe":
         text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
     config = CONFIG_MAPPING[family](
-        text_config=text,
+        text_config=text | options,
         vision_config=vision,
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),

@@ -7,8 +7,8 @@ models/                    assembling, upcycling, routing, loading
 stages                     what trains in each stage
 trainer, checkpoints, run  one stage; its checkpoints; all stages in order
 evaluate, answers, metrics what a checkpoint can do on held-out data
-export, export_gate        a stock checkpoint, reloaded and compared before it is kept
-release                    the export of a run, with its lineage
+export/                    a stock checkpoint or one GGUF file, reloaded and compared before it is kept
+model_inputs               what a checkpoint's forward pass takes, for any family
 report*                    one page, one JSON file and one table about a run
 cli                        the `logitlake-student` command
 """

@@ -59,18 +59,21 @@ def evaluate(config: "EvalConfig") -> None:
 
 
 @cli.command()
-@config_command("logitlake_student.config:ExportConfig")
+@config_command(
+    "logitlake_student.config:ExportConfig",
+    {"--to": ("to", "hf (default): a stock checkpoint; vllm: the same, and vLLM must load it; gguf: for llama.cpp.")},
+)
 def export(config: "ExportConfig") -> None:
-    """Write a trained stage as a stock checkpoint; kept only if it answers as the trained student does."""
-    from logitlake_student.release import is_released, release
+    """Write a trained stage as others load it; kept only if, loaded again, it answers as the trained student does."""
+    from logitlake_student.export import is_released, release
 
     if is_released(config):
         click.echo(f"{config.output}: exported already")
         return
     result = release(config)
-    click.echo(
-        f"{result.out_dir}: {result.params_total:,} parameters; compared with the trained student: {result.gate}"
-    )
+    click.echo(f"{result.out_dir}: {result.parameters.total:,} parameters, {result.parameters.active:,} a token")
+    for said in result.checks():
+        click.echo(f"  {said}")
 
 
 @cli.command()

@@ -24,7 +24,7 @@ from logitlake_shared.lake import Lake
 from logitlake_student.config import EvalConfig, ModelUnderTest
 from logitlake_student.metrics import accuracy, caption_figures, existence_figures, yes_or_no
 
-__all__ = ["EvalQuestion", "examine", "figures_of", "read_questions", "result_of"]
+__all__ = ["EvalQuestion", "checkpoint_sha256", "examine", "figures_of", "read_questions", "result_of"]
 
 # Part of every identity: raise it when a figure's definition changes, so that old results are not taken for new ones.
 EVALUATION = 1
@@ -222,7 +222,7 @@ def _identity(config: EvalConfig, model: ModelUnderTest) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=_IDLE_SETTINGS)
     identity = {
         "evaluation": EVALUATION,
-        "model": _checkpoint_sha256(model.path),
+        "model": checkpoint_sha256(model.path),
         "test_data": _test_data_sha256(config),
         "lake": {"fingerprint": samples.fingerprint, "snapshot": samples.open_snapshot().number},
         "settings": settings,
@@ -230,7 +230,7 @@ def _identity(config: EvalConfig, model: ModelUnderTest) -> dict[str, Any]:
     return dict(json.loads(canonical_json(identity)))
 
 
-def _checkpoint_sha256(folder: Path) -> str:
+def checkpoint_sha256(folder: Path) -> str:
     """Digest over weights, configuration, tokenizer, template and image processor."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no checkpoint there (config.json is missing); train it first, or mend `models`")

@@ -20,17 +20,17 @@ def quiet_transformers() -> None:
 
 
 def load_student(model_dir: Path, *, dtype: torch.dtype) -> Any:
-    """The model in `model_dir` (LLaVA, or a text-only language model), its routers computed in float32.
+    """The model in `model_dir` (LLaVA, Qwen-VL, or a text-only language model), its routers computed in float32.
 
     Raises `ConfigError` when the folder is no checkpoint, or its weights and its classes do not agree.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     quiet_transformers()
     if not (model_dir / "config.json").is_file():
         raise ConfigError(f"{model_dir}: no checkpoint there (config.json is missing)")
-    is_llava = AutoConfig.from_pretrained(model_dir).model_type == "llava"
-    cls = LlavaForConditionalGeneration if is_llava else AutoModelForCausalLM
+    sees_images = hasattr(AutoConfig.from_pretrained(model_dir), "vision_config")
+    cls = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
     model, loading = cls.from_pretrained(model_dir, dtype=dtype, output_loading_info=True)
     if loading["missing_keys"] or loading["unexpected_keys"]:
         raise ConfigError(
