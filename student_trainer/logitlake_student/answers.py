@@ -2,8 +2,9 @@
 
 Any checkpoint that `load_student` takes can be asked, the teacher too. Answers are greedy, hence deterministic, and
 do not depend on the batch: prompts are padded on the left, and masked out. Short answers wait for long ones only as
-far as the caller lets them share a batch; a batch ends as soon as all of its answers have ended. The divergence goes
-through the collator and the loss that train the student, so it is the same quantity as the training curve's `kl`.
+far as the caller lets them share a batch; a batch ends as soon as all of its answers have ended. One answer can also be
+followed while it is written, and drawn instead of greedy (`stream_answer`). The divergence goes through the collator
+and the loss that train the student, so it is the same quantity as the training curve's `kl`.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,19 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from logitlake_shared.data_formats import ImageRef, Messages
+from logitlake_shared.errors import ConfigError, DataError
 from logitlake_shared.pixels import image_processor_sha256, load_pixels
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
 from logitlake_student.data import SampleCollator, StudentInputs, check_student_fits, tokens_per_image
 from logitlake_student.losses.distillation import TeacherBatch, distillation_loss
+from logitlake_student.model_inputs import Expanded, ModelInputs
 from logitlake_student.models.load import load_student
 from logitlake_student.models.parts import projector_prefix
 from logitlake_student.trainer import hidden_response_rows
 
-__all__ = ["Examinee", "Prompt", "greedy_answers", "kl_to_teacher", "load_examinee"]
+__all__ = ["Examinee", "Prompt", "Streamed", "greedy_answers", "kl_to_teacher", "load_examinee", "stream_answer"]
 
 # Response rows whose logits are alive at one time.
 _CHUNK_ROWS = 1024
@@ -40,13 +45,35 @@ class Examinee:
     model: Any
     renderer: Renderer
     inputs: StudentInputs
+    """of batches with responses, whose images all become one number of tokens"""
+    model_inputs: ModelInputs
+    """of prompts, for any family"""
+
+    def prompt(self, messages: Messages, images: Sequence[ImageRef]) -> Expanded:
+        """A conversation that waits for an answer, as the model sees it.
+
+        Raises `DataError` when placeholders are not images or the prompt is longer than the model's context,
+        `ImageError` for an image that does not decode.
+        """
+        ids_S = self.renderer.render_prompt(messages)
+        encoded = [image.load() for image in images]
+        sequence = self.model_inputs.expand(ids_S, np.zeros(len(ids_S), np.bool_), encoded)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and len(sequence.ids_S) >= context:
+            raise DataError(
+                f"the prompt has {len(sequence.ids_S)} tokens with its images expanded, the model was made for "
+                f"{context}; shorten it"
+            )
+        return sequence
 
 
-def load_examinee(model_dir: Path, device: str) -> Examinee:
-    """The checkpoint in `model_dir`, float32, in evaluation mode. Raises `ConfigError`."""
+def load_examinee(model_dir: Path, device: str, dtype: torch.dtype = torch.float32) -> Examinee:
+    """The checkpoint in `model_dir`, in evaluation mode. Raises `ConfigError`."""
     from transformers import GenerationConfig
 
-    model = load_student(model_dir, dtype=torch.float32).to(device).eval()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch sees no CUDA device here; use cpu, or a CUDA build of torch")
+    model = load_student(model_dir, dtype=dtype).to(device).eval()
     renderer = Renderer(model_dir)
     # What a checkpoint recommends for chatting (temperature, penalties) must not move a figure.
     model.generation_config = GenerationConfig(
@@ -58,7 +85,7 @@ def load_examinee(model_dir: Path, device: str) -> Examinee:
         tokens_per_image=tokens_per_image(model.config) if projector_prefix(model) is not None else 0,
         load_pixels=load_pixels(model_dir) if image_processor_sha256(model_dir) is not None else None,
     )
-    return Examinee(model, renderer, inputs)
+    return Examinee(model, renderer, inputs, ModelInputs(model_dir, model.config))
 
 
 @torch.inference_mode()
@@ -67,27 +94,86 @@ def greedy_answers(
 ) -> list[str]:
     """The answer to each prompt, of at most `max_new_tokens` tokens; `advance(n)` is called after each batch of n.
 
-    Raises `DataError` when a prompt's placeholders are not its images, `ImageError` for one that does not decode.
+    Raises what `Examinee.prompt` does.
     """
-    prompt_ids = [examinee.renderer.render_prompt(messages) for messages, _ in prompts]
+    lengths = [len(examinee.renderer.render_prompt(messages)) for messages, _ in prompts]
     # Prompts of one length need no padding; a stable order makes the batches the same every time.
-    order = sorted(range(len(prompts)), key=lambda place: len(prompt_ids[place]))
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        ids_BS, mask_BS = examinee.inputs.prompts([(prompt_ids[place], len(prompts[place][1])) for place in batch])
-        given = {"input_ids": ids_BS, "attention_mask": mask_BS}
-        pixels_NCHW = examinee.inputs.pixels([image.load() for place in batch for image in prompts[place][1]])
-        if pixels_NCHW is not None:
-            given["pixel_values"] = pixels_NCHW
-        device = examinee.model.device
-        output_ids_BS = examinee.model.generate(
-            **{name: tensor.to(device) for name, tensor in given.items()}, max_new_tokens=max_new_tokens
-        )
-        for place, output_ids_S in zip(batch, output_ids_BS[:, ids_BS.shape[1] :].tolist(), strict=True):
-            answers[place] = examinee.renderer.decode(_up_to(examinee.renderer.eos_id, output_ids_S))
+        places = order[start : start + batch_size]
+        batch = [examinee.prompt(*prompts[place]) for place in places]
+        given = examinee.model_inputs.batch(batch, pad_id=examinee.renderer.pad_id, model=examinee.model)
+        output_ids_BS = examinee.model.generate(**given, max_new_tokens=max_new_tokens)
+        new_ids_BS = output_ids_BS[:, given["input_ids"].shape[1] :].tolist()
+        for place, new_ids_S in zip(places, new_ids_BS, strict=True):
+            answers[place] = examinee.renderer.decode(_up_to(examinee.renderer.eos_id, new_ids_S))
         advance(len(batch))
     return answers
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """One answer, when it has ended."""
+
+    text: str
+    num_tokens: int
+    """EOS included"""
+    is_cut: bool
+    """it did not end, `max_new_tokens` did"""
+
+
+@torch.inference_mode()
+def stream_answer(
+    examinee: Examinee,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int,
+    show: Callable[[str], None],
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Streamed:
+    """One answer; `show(text)` is called with each piece of it as soon as it is text.
+
+    Greedy at temperature 0, else drawn with `seed` from the whole distribution. Raises what `Examinee.prompt` does.
+    """
+    renderer = examinee.renderer
+    given = examinee.model_inputs.batch([examinee.prompt(*prompt)], pad_id=renderer.pad_id, model=examinee.model)
+    pieces = _Pieces(renderer, show)
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    torch.manual_seed(seed)
+    examinee.model.generate(**given, max_new_tokens=max_new_tokens, streamer=pieces, **drawn)
+    return Streamed(pieces.text, len(pieces.ids), renderer.eos_id not in pieces.ids)
+
+
+class _Pieces:
+    """What transformers calls a streamer: is given ids as they come, shows the text that they have become."""
+
+    def __init__(self, renderer: Renderer, show: Callable[[str], None]) -> None:
+        self.ids: list[int] = []
+        self.text = ""
+        self._renderer, self._show = renderer, show
+        self._saw_prompt = False
+
+    def put(self, ids: Tensor) -> None:
+        """The prompt's ids first, then each new one."""
+        if not self._saw_prompt:
+            self._saw_prompt = True
+            return
+        self.ids += ids.flatten().tolist()
+        self._tell(self._renderer.decode(_up_to(self._renderer.eos_id, self.ids)))
+
+    def end(self) -> None:
+        """What was held back is shown as it is."""
+        self._tell(self._renderer.decode(_up_to(self._renderer.eos_id, self.ids)), at_the_end=True)
+
+    def _tell(self, text: str, *, at_the_end: bool = False) -> None:
+        # A character may take several tokens: until the last has come it is a replacement character.
+        if text.endswith("\ufffd") and not at_the_end:
+            return
+        if len(text) > len(self.text):
+            self._show(text[len(self.text) :])
+            self.text = text
 
 
 @torch.inference_mode()
@@ -95,8 +181,13 @@ def kl_to_teacher(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, 
     """forward_kl = KL(teacher‖student) in nats per response token: the exact tail-bucket divergence, mean over tokens.
 
     For the teacher itself it is what the codec cost. Raises `FingerprintMismatchError` when checkpoint and lake do
-    not belong together.
+    not belong together, `ConfigError` for a family that the training batches do not know.
     """
+    if hasattr(examinee.model.config, "vision_config") and projector_prefix(examinee.model) is None:
+        raise ConfigError(
+            f"KL to the teacher: a model of type {examinee.model.config.model_type!r} cannot be compared with a lake's "
+            "rows yet; its answers can be asked for (`logitlake-student predict`)"
+        )
     check_student_fits(dataset.spec, dataset, examinee.renderer)
     collate = SampleCollator(examinee.inputs, dataset.spec.codec)
     weight_VH = examinee.model.lm_head.weight[: examinee.renderer.vocab_size]

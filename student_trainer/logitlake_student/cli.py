@@ -1,7 +1,7 @@
-"""`logitlake-student`: train, eval, export, report.
+"""`logitlake-student`: train, eval, export, report, and chat and predict (`answer_commands`).
 
-Each command takes a TOML file and `section.key=value` overrides. A command can be killed at any time and run again:
-it goes on, or says that everything is done. Everything heavy is imported inside the commands.
+Each of the first four takes a TOML file and `section.key=value` overrides. A command can be killed at any time and run
+again: it goes on, or says that everything is done. Everything heavy is imported inside the commands.
 """
 
 import os
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from logitlake_shared.cli_support import config_command, run_cli
+from logitlake_student.answer_commands import chat, predict
 
 if TYPE_CHECKING:
     from logitlake_student.config import EvalConfig, ExportConfig, ReportConfig, TrainConfig
@@ -83,6 +84,10 @@ def report(config: "ReportConfig") -> None:
     from logitlake_student.report import write_report
 
     write_report(config)
+
+
+cli.add_command(chat)
+cli.add_command(predict)
 
 
 def _figure(share: float | None) -> str:

@@ -74,7 +74,7 @@ class ModelInputs:
         Raises `DataError` when placeholders are not images, `ImageError` for one that does not decode.
         """
         if images and self._loader is None:
-            raise DataError(f"{len(images)} images for a model without a vision tower; ask it in words alone")
+            raise DataError(f"got {len(images)} image(s) for a model without a vision tower; ask it in words alone")
         inputs = tuple(self._image(data) for data in images)
         num_tokens = [self._num_image_tokens(image) for image in inputs]
         return Expanded(
