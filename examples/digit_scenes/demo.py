@@ -102,7 +102,7 @@ def steps(out: Path = DEFAULT_OUT, *, engine: str = "hf", seed: int = 0) -> list
         Step(
             "export",
             "The student becomes a stock checkpoint, reloaded and compared",
-            command("logitlake-student", "export", *moved(run=student, output=out / "export")),
+            command("logitlake-student", "export", *moved(run=student, output=out / "export", evaluation=out / "eval")),
         ),
         Step(
             "report",

@@ -100,6 +100,9 @@ def talk(chat: Chat, images: Sequence[Path]) -> None:
                 if not path.is_file():
                     raise DataError(f"{path}: no such picture; /image FILE")
                 shown.append(path)
+                click.secho(f"({path.name} goes with your next words)", err=True, dim=True)
+            elif command == "/help":
+                click.secho(_HELP, err=True, dim=True)
             elif command.startswith("/"):
                 raise ConfigError(f"{command}: no such command. {_HELP}")
             elif line:

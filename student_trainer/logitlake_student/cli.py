@@ -71,7 +71,7 @@ def export(config: "ExportConfig") -> None:
     if is_released(config):
         click.echo(f"{config.output}: exported already")
         return
-    result = release(config)
+    result = release(config, lambda text: click.secho(f"{text} …", err=True, dim=True))
     click.echo(f"{result.out_dir}: {result.parameters.total:,} parameters, {result.parameters.active:,} a token")
     for said in result.checks():
         click.echo(f"  {said}")

@@ -14,6 +14,8 @@ from logitlake_shared.data_formats import ImageRef
 from logitlake_shared.errors import ConfigError, DataError
 from logitlake_student.answers import Examinee, Prompt, greedy_answers, load_examinee, stream_answer
 from logitlake_student.chat import Chat, checkpoint_folder
+from logitlake_student.export.card import CardFacts
+from logitlake_student.export.checkpoint import export_checkpoint
 
 Command = Callable[..., Any]
 
@@ -156,6 +158,30 @@ def test_a_conversation_is_sent_whole(teacher: Examinee, tmp_path: Path) -> None
     assert ["".join(said)] == expected
     chat.begin_anew()
     assert (chat.messages, chat.images) == ([], [])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "text"])
+@pytest.mark.filterwarnings("default")  # transformers', of processors without torchvision
+def test_the_code_on_the_model_card_runs(
+    family: str, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Copied from the card of an export and run: it prints what `chat` answers."""
+    source = tiny_teacher if family == "llava" else tmp_path / "source"
+    if family == "qwen3_vl":
+        save_tiny_qwen_vl(source)
+    elif family == "text":
+        save_tiny_text(source)
+    export_checkpoint(source, tmp_path / "release", facts=CardFacts({}))
+    code = (tmp_path / "release" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "picture.png").write_bytes(png(32, 24, 5))
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(code, {})  # nothing else makes sure that it can be copied
+    images = [] if family == "text" else [(tmp_path / "picture.png").read_bytes()]
+    answer = stream_answer(
+        load_examinee(source, "cpu"), asked("What do you see?", *images), max_new_tokens=64, show=lambda _: None
+    )
+    assert capsys.readouterr().out.strip() == answer.text
 
 
 # ---- the command ----

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from logitlake_shared.errors import ExportError
-from logitlake_student.export import export_checkpoint
 from logitlake_student.export.card import CardFacts
+from logitlake_student.export.checkpoint import export_checkpoint
 from logitlake_student.export.gate import GateSample, check_export
 from logitlake_student.export.layout import canonical_name
 from logitlake_student.models.assemble import save_student

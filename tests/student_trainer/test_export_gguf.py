@@ -15,8 +15,9 @@ from logitlake_shared.errors import ExportError
 from logitlake_shared.rendering import Renderer
 from logitlake_student.export.card import CardFacts
 from logitlake_student.export.gate import GateSample
-from logitlake_student.export.gguf_file import export_gguf, why_not
+from logitlake_student.export.gguf_file import export_gguf
 from logitlake_student.export.gguf_gate import check_gguf
+from logitlake_student.export.gguf_limits import why_not
 from logitlake_student.export.gguf_vocab import read_vocab
 from logitlake_student.models.load import load_student
 

@@ -104,34 +104,44 @@ def model_card(
 
 
 def loading_checkpoint(name: str, config: Mapping[str, Any], *, transformers_reads: bool) -> list[str]:
-    """How to load a stock checkpoint: in transformers, vLLM and here."""
-    multimodal = "text_config" in config
-    auto_class = "AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM"
-    reader = "AutoProcessor" if multimodal else "AutoTokenizer"
-    lines = []
+    """How to load a stock checkpoint and ask it: in transformers, vLLM and here."""
+    sees = "vision_config" in config
     if transformers_reads:
-        lines += [
-            "Stock transformers, no remote code:",
-            "",
-            "```python",
-            f"from transformers import {auto_class}, {reader}",
-            "",
-            f'model = {auto_class}.from_pretrained("{name}")',
-            f'{"processor" if multimodal else "tokenizer"} = {reader}.from_pretrained("{name}")',
-            "```",
-            "",
-        ]
+        lines = ["Stock transformers, no remote code:", "", "```python", *_python(name, sees=sees), "```", ""]
     else:
-        lines += [
+        lines = [
             "**For vLLM only.** The expert matrices are square: transformers cannot see that they are transposed, and "
             'would load them wrong without a word. For transformers, export with `to = "hf"`.',
             "",
         ]
     lines += ["vLLM:", "", "```", f"vllm serve {name}", "```"]
     if transformers_reads:
-        image = " --image picture.png" if multimodal else ""
-        lines += ["", "LogitLake:", "", "```", f'logitlake-student chat {name}{image} --prompt "…"', "```"]
+        image = " --image picture.png" if sees else ""
+        lines += ["", "LogitLake:", "", "```", f"logitlake-student chat {name}{image}", "```"]
     return lines
+
+
+def _python(name: str, *, sees: bool) -> list[str]:
+    auto_class = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    reader = "AutoProcessor" if sees else "AutoTokenizer"
+    picture = '{"type": "image", "image": Image.open("picture.png")}, '
+    return [
+        *(["from PIL import Image"] if sees else []),
+        f"from transformers import {auto_class}, {reader}",
+        "",
+        f'model = {auto_class}.from_pretrained("{name}")',
+        f'processor = {reader}.from_pretrained("{name}")',
+        f'content = [{picture if sees else ""}{{"type": "text", "text": "What do you see?"}}]',
+        "inputs = processor.apply_chat_template(",
+        '    [{"role": "user", "content": content}],',
+        "    add_generation_prompt=True,",
+        "    tokenize=True,",
+        "    return_dict=True,",
+        '    return_tensors="pt",',
+        ")",
+        "ids = model.generate(**inputs, max_new_tokens=64)",
+        'print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
 
 
 def _table(rows: Mapping[str, str], head: tuple[str, str] = ("", "")) -> list[str]:

@@ -23,11 +23,11 @@ from logitlake_student.export.card import (
     model_card,
 )
 from logitlake_student.export.layout import Target, ambiguous_experts, canonical_layout, canonical_name
+from logitlake_student.export.source import INDEX, read_config, weight_files
 from logitlake_student.models.assemble import copy_processor_files
 
-__all__ = ["ExportResult", "building", "export_checkpoint", "read_config", "weight_files"]
+__all__ = ["ExportResult", "building", "export_checkpoint"]
 
-_INDEX = "model.safetensors.index.json"
 # Qwen-VL processors bring a video processor, without which vLLM does not load their images either.
 _MORE_FILES = ("generation_config.json", "video_preprocessor_config.json")
 
@@ -52,7 +52,9 @@ class ExportResult:
 def _told(engine: str, found: Any) -> str:
     if isinstance(found, dict):
         version = f" {found['version']}" if "version" in found else ""
-        return f"{engine}{version}: the trained student's logprobs, within {found['max_abs_diff']:.1e} nats"
+        difference = found["max_abs_diff"]
+        closeness = f"within {difference:.1e} nats" if difference else "bit for bit"
+        return f"{engine}{version}: the trained student's logprobs, {closeness}"
     return f"{engine}: {found} equal bit for bit" if isinstance(found, int) else f"{engine}: {found}"
 
 
@@ -119,44 +121,6 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def read_config(model_dir: Path) -> dict[str, Any]:
-    """The checkpoint's `config.json` with what others look for and transformers leaves out.
-
-    The language model's class, by which converters go; that a Qwen3-VL-MoE's routing weights sum to 1, which is so
-    without a word in transformers and a field in released checkpoints and vLLM. Raises `ExportError` where there is
-    no configuration.
-    """
-    path = model_dir / "config.json"
-    if not path.is_file():
-        raise ExportError(f"export: {model_dir} is not a checkpoint (expected {path.name} there)")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    text = config.get("text_config")
-    if text is not None and not text.get("architectures"):
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text["model_type"])
-        if architecture is not None:  # Qwen-VL's language models have no class of their own
-            text["architectures"] = [architecture]
-    if config["model_type"] == "qwen3_vl_moe":
-        config["text_config"]["norm_topk_prob"] = True
-    return config
-
-
-def weight_files(model_dir: Path) -> tuple[list[Path], dict[str, Any] | None]:
-    """The checkpoint's weight files in order, and the index that names them if there are several.
-
-    Raises `ExportError` for one that is missing.
-    """
-    index_path = model_dir / _INDEX
-    index = json.loads(index_path.read_text(encoding="utf-8")) if index_path.is_file() else None
-    files = [model_dir / name for name in sorted(set(index["weight_map"].values()))] if index else []
-    files = files or [model_dir / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise ExportError(f"export: {model_dir} holds no weights (expected {file.name} there)")
-    return files, index
-
-
 def _copy_weights(model_dir: Path, out_dir: Path, config: dict[str, Any], target: Target) -> dict[str, int]:
     """Copies every weight file, canonical. Returns the number of elements of each tensor."""
     from safetensors import safe_open
@@ -173,5 +137,5 @@ def _copy_weights(model_dir: Path, out_dir: Path, config: dict[str, Any], target
         sizes |= {name: tensor.numel() for name, tensor in tensors.items()}
     if index:
         index["weight_map"] = {canonical_name(name): file for name, file in index["weight_map"].items()}
-        (out_dir / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (out_dir / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return sizes

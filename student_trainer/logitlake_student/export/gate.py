@@ -7,7 +7,7 @@ asked about real samples.
 Axes: S positions, R response rows, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +21,29 @@ from logitlake_shared.alignment import predicting_rows
 from logitlake_shared.errors import ExportError
 from logitlake_student.model_inputs import Expanded, ModelInputs
 
-__all__ = ["EngineChoice", "GateSample", "check_export", "check_samples", "require_within", "response_logprobs"]
+__all__ = [
+    "EngineChoice",
+    "GateSample",
+    "Tell",
+    "check_export",
+    "check_samples",
+    "export_name",
+    "require_within",
+    "response_logprobs",
+    "silent",
+]
 
 EngineChoice = Literal["if_installed", "require", "skip"]
+Tell = Callable[[str], None]
+
+
+def export_name(path: Path) -> str:
+    """What the user calls an export that is still being built (`checkpoint.building`)."""
+    return path.name.removeprefix(".").removesuffix(".partial")
+
+
+def silent(_text: str) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,7 @@ def check_export(
     tolerance: float,
     vllm: EngineChoice = "if_installed",
     transformers_reads: bool = True,
+    tell: Tell = silent,
 ) -> dict[str, Any]:
     """Loads an export in transformers and vLLM and compares logprobs with the model in memory.
 
@@ -55,6 +76,7 @@ def check_export(
             is generous; for bfloat16 weights it must allow for their rounding.
         vllm: whether vLLM must take part.
         transformers_reads: False for the one kind of export that only vLLM reads (`layout.ambiguous_experts`).
+        tell: is told what is being done.
 
     Returns:
         `{"transformers": {"max_abs_diff": …}, "vllm": {"max_abs_diff": …, "version": …}}`, or a word in place of the
@@ -70,6 +92,7 @@ def check_export(
     expected = [response_logprobs(trained, inputs, sequence) for sequence in expanded]
     report: dict[str, Any] = {"transformers": "skipped: it reads this layout wrong", "vllm": "skipped"}
     if transformers_reads:
+        tell("comparing with the trained student: transformers")
         reloaded = _reload(export_dir, trained)
         got = [response_logprobs(reloaded, inputs, sequence) for sequence in expanded]
         difference = max(float((a - b).abs().max()) for a, b in zip(expected, got, strict=True))
@@ -79,6 +102,7 @@ def check_export(
     if vllm != "skip":
         from logitlake_student.export.vllm_gate import check_in_vllm
 
+        tell("comparing with the trained student: vLLM, which takes a while to start")
         dtype = str(trained.dtype).removeprefix("torch.")
         report["vllm"] = check_in_vllm(
             export_dir, samples, expanded, expected, dtype=dtype, tolerance=tolerance, required=vllm == "require"
@@ -96,7 +120,7 @@ def require_within(difference: float, tolerance: float, engine: str, export: Pat
     """Raises `ExportError` for a difference beyond the tolerance, in nats, or one that is not a number."""
     if not difference <= tolerance:  # a NaN is a failure too
         raise ExportError(
-            f"export gate: {engine} gives other logprobs for {export.name} than the trained student: largest "
+            f"export gate: {engine} gives other logprobs for {export_name(export)} than the trained student: largest "
             f"difference {difference:.3g} nats, expected at most {tolerance:.3g}{hint}; the export was not published"
         )
 
@@ -120,9 +144,9 @@ def _reload(export_dir: Path, trained: Any) -> Any:
     try:
         reloaded, info = type(trained).from_pretrained(export_dir, dtype=trained.dtype, output_loading_info=True)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise ExportError(f"export gate: transformers cannot load {export_dir.name}: {error}") from error
+        raise ExportError(f"export gate: transformers cannot load {export_name(export_dir)}: {error}") from error
     faults = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(faults.values()):
         found = "; ".join(f"{len(keys)} {kind}: {keys[:3]}" for kind, keys in faults.items() if keys)
-        raise ExportError(f"export gate: transformers does not find its weights in {export_dir.name}: {found}")
+        raise ExportError(f"export gate: transformers does not find its weights in {export_name(export_dir)}: {found}")
     return reloaded.to(trained.device)

@@ -1,11 +1,7 @@
 """A text student as one GGUF file, which llama.cpp, Ollama and LM Studio run.
 
-llama.cpp has its own program for each architecture, and what that program does not do cannot be written. Here: Qwen2
-and Qwen3 language models, and Qwen3-MoE whose layers are all sparse. The rest is refused with what to do instead
-(`why_not`): a vision tower, dense layers between sparse ones, routing weights that do not sum to 1.
-
-Matrices are written as they are (`f32`) or rounded (`f16`); norms, biases and routers are float32 in any case, as
-llama.cpp's own converter has them.
+What llama.cpp cannot run is refused before anything is written (`gguf_limits`). Matrices are written as they are
+(`f32`) or rounded (`f16`); norms, biases and routers are float32 in any case, as llama.cpp's own converter has them.
 """
 
 import json
@@ -20,14 +16,15 @@ from torch import Tensor
 
 from logitlake_shared.errors import ExportError
 from logitlake_student.export.card import CardFacts, count_parameters, experts_of, model_card
-from logitlake_student.export.checkpoint import ExportResult, building, read_config, weight_files
+from logitlake_student.export.checkpoint import ExportResult, building
+from logitlake_student.export.gguf_limits import ARCHITECTURES, refuse_unless_covered
 from logitlake_student.export.gguf_vocab import GgufVocab, read_vocab
+from logitlake_student.export.source import read_config, weight_files
 
-__all__ = ["WeightType", "export_gguf", "gguf_tensors", "import_gguf", "why_not"]
+__all__ = ["WeightType", "export_gguf", "gguf_tensors", "import_gguf"]
 
 WeightType = Literal["f32", "f16"]
 
-_ARCHITECTURES = {"qwen2": "QWEN2", "qwen3": "QWEN3", "qwen3_moe": "QWEN3MOE"}
 _FILE_TYPES = {"f32": 0, "f16": 1}  # gguf.LlamaFileType.ALL_F32, MOSTLY_F16
 _SUFFIXES = (".weight", ".bias")
 
@@ -47,9 +44,7 @@ def export_gguf(
             of `f16`, an occupied destination, or the gate said no. Nothing is left behind.
     """
     config = read_config(model_dir)
-    reason = why_not(config)
-    if reason is not None:
-        raise ExportError(f"export to gguf: {model_dir}: {reason}")
+    refuse_unless_covered(model_dir, config)
     gguf = import_gguf()
     vocab = read_vocab(model_dir, int(config["vocab_size"]))
     sizes: dict[str, int] = {}
@@ -82,40 +77,6 @@ def import_gguf() -> Any:
             f"export to gguf: the package gguf cannot be imported ({error}); install logitlake[gguf]"
         ) from error
     return gguf
-
-
-def why_not(config: Mapping[str, Any]) -> str | None:
-    """Why llama.cpp cannot run a checkpoint with this `config.json`, and what to do; None if it can."""
-    if "vision_config" in config:
-        return (
-            f"{config['model_type']} has a vision tower, which is not written as GGUF here (llama.cpp's vision files "
-            "know no LLaVA with a CLIP or SigLIP tower and a Qwen3 or MoE language model); export to=hf or to=vllm"
-        )
-    model_type = config["model_type"]
-    if model_type not in _ARCHITECTURES:
-        return (
-            f"{model_type} is not written as GGUF here (expected one of {', '.join(_ARCHITECTURES)}); export to=hf and "
-            "try llama.cpp's convert_hf_to_gguf.py on it"
-        )
-    if config.get("use_sliding_window"):
-        return f"llama.cpp's {model_type} has no sliding-window attention, which this student uses; export to=hf"
-    rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        return f"rotary positions of type {rope['rope_type']!r} are not written; export to=hf"
-    if config.get("attention_bias") and model_type != "qwen2":
-        return f"llama.cpp's {model_type} has no attention bias, which this student has; export to=hf"
-    if model_type == "qwen3_moe":
-        dense = _dense_layers(config)
-        if dense:
-            return (
-                f"layers {dense} are dense and the others sparse, and llama.cpp's qwen3moe has experts in every layer; "
-                'train the stage d2s with layers = "all" for GGUF, or export to=hf or to=vllm'
-            )
-        if not config.get("norm_topk_prob"):
-            return (
-                "norm_topk_prob is false, and llama.cpp's qwen3moe always makes routing weights sum to 1; export to=hf"
-            )
-    return None
 
 
 def gguf_tensors(
@@ -174,13 +135,7 @@ def _as_array(name: str, tensor: Tensor, weight_type: WeightType) -> npt.NDArray
 
 
 def _arch(gguf: Any, config: Mapping[str, Any]) -> Any:
-    return getattr(gguf.MODEL_ARCH, _ARCHITECTURES[config["model_type"]])
-
-
-def _dense_layers(config: Mapping[str, Any]) -> list[int]:
-    step = int(config.get("decoder_sparse_step") or 1)
-    only = config.get("mlp_only_layers") or []
-    return [i for i in range(int(config["num_hidden_layers"])) if i in only or (i + 1) % step]
+    return getattr(gguf.MODEL_ARCH, ARCHITECTURES[config["model_type"]])
 
 
 def _write_settings(writer: Any, config: Mapping[str, Any], name: str, weight_type: WeightType) -> None:

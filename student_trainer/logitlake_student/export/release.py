@@ -1,7 +1,7 @@
 """Exports a trained stage of a run: lineage from what the run wrote down, the gate on samples of its own lake."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from logitlake_shared.errors import ExportError
 from logitlake_shared.reader import LakeDataset
 from logitlake_student.config import D2DStage, D2SStage, ExportConfig, InitStage, PreferenceStage
 from logitlake_student.export.card import CardFacts
+from logitlake_student.export.gguf_limits import refuse_unless_covered
+from logitlake_student.export.source import read_config
 
 if TYPE_CHECKING:
     from logitlake_student.export.checkpoint import ExportResult
@@ -44,19 +46,24 @@ def is_released(config: ExportConfig) -> bool:
     return True
 
 
-def release(config: ExportConfig) -> "ExportResult":
-    """Writes `config.output`, or raises `ExportError` and leaves nothing."""
+def release(config: ExportConfig, tell: Callable[[str], None]) -> "ExportResult":
+    """Writes `config.output`, or raises `ExportError` and leaves nothing; `tell` is told what is being done."""
     identity = _identity(config)
-    evaluation = _evaluation(config)  # before the seconds that torch takes
+    # All that can be told without torch, before the seconds that it takes.
+    evaluation = _evaluation(config)
+
+    model_dir = config.run / config.stage / "model"
+    if config.to == "gguf":
+        refuse_unless_covered(model_dir, read_config(model_dir))
+    tell(f"loading {model_dir}")
 
     import torch
 
-    from logitlake_student.export.checkpoint import export_checkpoint, read_config
+    from logitlake_student.export.checkpoint import export_checkpoint
     from logitlake_student.export.gate import check_export
     from logitlake_student.export.layout import ambiguous_experts
     from logitlake_student.models.load import load_student
 
-    model_dir = config.run / config.stage / "model"
     settings = json.loads((model_dir.parent / "provenance.json").read_text(encoding="utf-8"))["config"]
     data = settings["data"]
     dataset = LakeDataset(data["lake"], data["samples"], split=data["split"], snapshot=identity["lake"]["snapshot"])
@@ -69,7 +76,15 @@ def release(config: ExportConfig) -> "ExportResult":
         from logitlake_student.export.gguf_gate import check_gguf
 
         def gguf_gate(file: Path) -> dict[str, Any]:
-            return check_gguf(file, model_dir, trained, samples, tolerance=config.tolerance, llama_cpp=config.llama_cpp)
+            return check_gguf(
+                file,
+                model_dir,
+                trained,
+                samples,
+                tolerance=config.tolerance,
+                llama_cpp=config.llama_cpp,
+                tell=tell,
+            )
 
         return export_gguf(model_dir, config.output, facts=facts, weight_type=config.gguf_type, gate=gguf_gate)
 
@@ -84,6 +99,7 @@ def release(config: ExportConfig) -> "ExportResult":
             tolerance=config.tolerance,
             vllm="require" if to == "vllm" else config.vllm,
             transformers_reads=transformers_reads,
+            tell=tell,
         )
 
     return export_checkpoint(model_dir, config.output, facts=facts, target=to, gate=gate)
@@ -175,7 +191,9 @@ def _figures(result: dict[str, Any]) -> dict[str, str]:
     told = {key: value for key, value in result.items() if isinstance(value, float) and key != "seconds"}
     told |= {f"accuracy: {task}": value for task, value in result.get("tasks", {}).items()}
     figures = {key.replace("_", " "): "unknown" if value is None else f"{value:.4g}" for key, value in told.items()}
-    return figures | ({"records": str(result["num_records"])} if "num_records" in result else {})
+    test_data = result.get("identity", {}).get("settings", {}).get("test_data")
+    figures |= {"records": str(result["num_records"])} if "num_records" in result else {}
+    return figures | ({"test data": Path(test_data).name} if test_data else {})
 
 
 def _gate_samples(dataset: LakeDataset, num_samples: int, *, with_images: bool) -> "list[GateSample]":

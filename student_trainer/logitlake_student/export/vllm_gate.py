@@ -8,6 +8,7 @@ Axes: S positions, R response rows, V vocabulary, K compared tokens of a row.
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from logitlake_shared.errors import ExportError
 from logitlake_shared.images import decode_image
-from logitlake_student.export.gate import require_within
+from logitlake_student.export.gate import export_name, require_within
 from logitlake_student.export.layout import ambiguous_experts
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def check_in_vllm(
 
     Returns `{"max_abs_diff": …, "version": …}`, or "not installed" where it is not required.
     """
-    with _environment():
+    with _environment(), _quiet():
         try:
             import vllm
         except ImportError as error:
@@ -114,7 +115,9 @@ def _ask(
         try:
             engine = vllm.LLM(**settings)
         except Exception as error:  # whatever a foreign engine finds fault with, the export is not loaded by it
-            raise ExportError(f"export gate: vLLM cannot load {export_dir.name}: {_first_line(error)}") from error
+            raise ExportError(
+                f"export gate: vLLM cannot load {export_name(export_dir)}: {_first_line(error)}"
+            ) from error
         return [
             _ask_about(vllm, engine, sample, sequence, num_compared)
             for sample, sequence in zip(samples, expanded, strict=True)
@@ -154,6 +157,31 @@ def _ask_about(
     # Entry i describes token i given those before it.
     entries = [output.prompt_logprobs[position] for position in np.flatnonzero(sequence.is_response_S)]
     return [{token_id: logprob.logprob for token_id, logprob in entry.items()} for entry in entries]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing that vLLM and its libraries write to the terminal is seen, unless the user has set VLLM_LOGGING_LEVEL.
+
+    By file descriptor, since some of them are not Python. What they find fault with comes as an exception.
+    """
+    if os.environ.get("VLLM_LOGGING_LEVEL") != _ENVIRONMENT["VLLM_LOGGING_LEVEL"]:
+        yield
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    try:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123  # a device, not a path of ours
+            for number in (1, 2):
+                os.dup2(nowhere.fileno(), number)
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 @contextlib.contextmanager
