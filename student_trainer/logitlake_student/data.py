@@ -26,6 +26,7 @@ from logitlake_shared.reader.order import Layout, epoch_order
 from logitlake_shared.rendering import Renderer
 from logitlake_shared.rows import LakePair, LakeSample
 from logitlake_shared.topk import decode, tail_bound
+from logitlake_student.model_inputs import tokens_per_image
 
 __all__ = [
     "EpochOrder",
@@ -43,13 +44,6 @@ Batch = dict[str, Tensor]
 _PIXEL_CACHE_BYTES = 512 * 2**20
 # Samples whose ids are rendered again before the first step.
 _NUM_RENDERED_AGAIN = 8
-
-
-def tokens_per_image(config: Any) -> int:
-    """Tokens that one image becomes in a LLaVA student: the tower's patches, and its class token for `full`."""
-    vision = config.vision_config
-    patches: int = (vision.image_size // vision.patch_size) ** 2
-    return patches + 1 if config.vision_feature_select_strategy == "full" else patches
 
 
 def check_student_fits(spec: CaptureSpec, dataset: LakeDataset, renderer: Renderer) -> None:
@@ -167,28 +161,6 @@ class StudentInputs:
                     f"{name}: {length} positions with its images expanded, the student was made for "
                     f"{self._context_length}; leave its task out by `tasks`, or capture without it"
                 )
-
-    def prompts(self, prompts: Sequence[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
-        """`input_ids_BS` and `attention_mask_BS` of prompts to be answered, padded on the left.
-
-        Each prompt is (prompt_ids, number of images).
-        """
-        expanded = [
-            expand_images(
-                np.asarray(prompt_ids, np.int64),
-                np.zeros(len(prompt_ids), np.bool_),
-                self._image_token_id,
-                [self._tokens_per_image] * num_images,
-            )[0]
-            for prompt_ids, num_images in prompts
-        ]
-        longest = max(len(ids_S) for ids_S in expanded)
-        input_ids_BS = np.full((len(expanded), longest), self._pad_id, np.int64)
-        attention_mask_BS = np.zeros((len(expanded), longest), np.int64)
-        for place, ids_S in enumerate(expanded):
-            input_ids_BS[place, longest - len(ids_S) :] = ids_S
-            attention_mask_BS[place, longest - len(ids_S) :] = 1
-        return torch.from_numpy(input_ids_BS), torch.from_numpy(attention_mask_BS)
 
     def pixels(self, images: Sequence[bytes]) -> Tensor | None:
         """`pixel_values_NCHW` float32 of encoded images in order; None where there are none."""

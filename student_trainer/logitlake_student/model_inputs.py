@@ -24,7 +24,7 @@ from logitlake_shared.errors import DataError
 from logitlake_shared.images import decode_image
 from logitlake_shared.pixels import load_pixels
 
-__all__ = ["Expanded", "ModelInputs", "num_llava_image_tokens"]
+__all__ = ["Expanded", "ModelInputs", "tokens_per_image"]
 
 # Processed images kept, in bytes: questions about one picture stand together.
 _CACHE_BYTES = 256 * 2**20
@@ -43,8 +43,11 @@ class Expanded:
     images: tuple[ImageInputs, ...]
 
 
-def num_llava_image_tokens(config: Any) -> int:
-    """Tokens of one image: the tower's patches, and its class token if it has one; `default` drops the first."""
+def tokens_per_image(config: Any) -> int:
+    """Tokens that one image becomes in a LLaVA: the patches of its tower, and its class token if it has one.
+
+    `vision_feature_select_strategy = "default"` drops the first of them, whatever it is.
+    """
     vision = config.vision_config
     num_patches = (int(vision.image_size) // int(vision.patch_size)) ** 2
     has_class_token = vision.model_type in _TOWERS_WITH_CLASS_TOKEN
@@ -63,7 +66,7 @@ class ModelInputs:
         self._loader = load_pixels(model_dir) if sees else None
         # Only a family with images of many shapes needs to be told where they stand.
         self._merge_size: int | None = getattr(config.vision_config, "spatial_merge_size", None) if sees else None
-        self._num_tokens = num_llava_image_tokens(config) if sees and self._merge_size is None else 0
+        self._num_tokens = tokens_per_image(config) if sees and self._merge_size is None else 0
         self._cached: OrderedDict[str, ImageInputs] = OrderedDict()
 
     def expand(

@@ -246,12 +246,16 @@ def test_a_batch_changes_no_answer(by_heart: Path, tiny_teacher: Path, png: Call
             assert answer(examinee, prompts, batch_size) == expected
 
 
-def test_prompts_end_together(teacher: Examinee) -> None:
+def test_prompts_end_together(teacher: Examinee, png: Callable[[int], bytes]) -> None:
     """Padded on the left and masked; the placeholder stands 16 times; no padding inside."""
     image, pad = teacher.renderer.image_token_id, teacher.renderer.pad_id
-    ids_BS, mask_BS = teacher.inputs.prompts([(np.array([7, image, 8]), 1), (np.array([9]), 0)])
-    assert ids_BS.tolist() == [[7, *[image] * 16, 8], [*[pad] * 17, 9]]
-    assert mask_BS.tolist() == [[1] * 18, [0] * 17 + [1]]
+    sequences = [
+        teacher.model_inputs.expand(np.array(ids), np.zeros(len(ids), np.bool_), images)
+        for ids, images in (([7, image, 8], [png(1)]), ([9], []))
+    ]
+    given = teacher.model_inputs.batch(sequences, pad_id=pad, model=teacher.model)
+    assert given["input_ids"].tolist() == [[7, *[image] * 16, 8], [*[pad] * 17, 9]]
+    assert given["attention_mask"].tolist() == [[1] * 18, [0] * 17 + [1]]
 
 
 def test_whoever_gives_the_gold_answers_is_perfect(config: EvalConfig, by_heart: Path) -> None:
