@@ -1,7 +1,7 @@
 """Every kind of student, exported: transformers and real vLLM answer as the student that was trained, or there is none.
 
-Random students of a few thousand parameters, their experts apart from each other, each asked about a conversation with
-an image and one without.
+Random students of a few hundred thousand parameters, their experts apart from each other, each asked about a
+conversation with an image and one without.
 """
 
 import gc
@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.tiny_models import save_tiny_qwen_vl
+from tests.tiny_models import save_tiny_qwen_vl, save_tiny_text
 
 from logitlake_shared.errors import ExportError
 from logitlake_shared.rendering import Renderer
@@ -45,7 +45,8 @@ LLAVAS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clip-mixtral": ("clip", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 QWEN_VLS = ("qwen3_vl", "qwen3_vl_moe")
-ARCHITECTURES = (*LLAVAS, *QWEN_VLS)
+TEXT = "text-qwen3_moe"
+ARCHITECTURES = (*LLAVAS, *QWEN_VLS, TEXT)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ def make_student(
             save_tiny_qwen_vl(folder, name, **text)
             model = load_student(folder, dtype=torch.float32)
             image_id = Renderer(folder).image_token_id
+        elif name == TEXT:
+            save_tiny_text(folder, "qwen3_moe", **(MOE | text))
+            model, image_id = load_student(folder, dtype=torch.float32), None
         else:
             tower, model_type, settings = LLAVAS[name]
             model = tiny_llava(model_type, initializer_range=0.05, **(settings | text))
@@ -94,18 +98,19 @@ def make_student(
             write_processor_config(tmp_path / "files", class_token=tower == "clip")
             save_student(model, folder, files_from=tmp_path / "files")
             image_id = model.config.image_token_id
-        assert image_id is not None
         return Student(model.eval(), folder, samples_with(image_id))
 
     return make
 
 
-def samples_with(image_id: int) -> list[GateSample]:
-    """A conversation of two turns about an image, and one without."""
+def samples_with(image_id: int | None) -> list[GateSample]:
+    """A conversation of two turns about an image, and one without; for a student without eyes only this."""
+    without = [5, 11, 12, 13, 1], [0, 0, 1, 1, 1]
+    if image_id is None:
+        return [GateSample(np.array(without[0]), np.array(without[1], dtype=bool))]
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((24, 16)).convert("RGB").save(buffer, "PNG")
     with_image = [5, image_id, 6, 7, 1, 8, 9, 10, 1], [0, 0, 0, 1, 1, 0, 0, 1, 1]
-    without = [5, 11, 12, 13, 1], [0, 0, 1, 1, 1]
     return [
         GateSample(np.array(ids), np.array(is_response, dtype=bool), images)
         for (ids, is_response), images in ((with_image, (buffer.getvalue(),)), (without, ()))

@@ -1,6 +1,8 @@
 """A student in GGUF is the student: every tensor bit for bit, and llama.cpp, really run, says what it says."""
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,9 @@ def _one_thread() -> Any:
 
 @pytest.fixture
 def llama_cpp() -> None:
-    """Skips where llama.cpp is not installed."""
-    pytest.importorskip("xllamacpp", reason="xllamacpp, which brings llama.cpp, is not installed")
+    """Skips where llama.cpp is not installed, except in the suite that promises to run the real engines."""
+    if not os.environ.get("LOGITLAKE_REQUIRE_VLLM"):
+        pytest.importorskip("xllamacpp", reason="xllamacpp, which brings llama.cpp, is not installed")
 
 
 @pytest.fixture
@@ -143,7 +146,6 @@ def flip_a_bit(file: Path) -> None:
     reader = gguf.GGUFReader(file, "r+")
     tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_down_exps.weight")
     tensor.data.view(np.uint32)[2, 5, 7] ^= 1
-    tensor.data.flush() if hasattr(tensor.data, "flush") else None
 
 
 def swap_gate_and_up(file: Path) -> None:
@@ -230,8 +232,7 @@ def test_each_limit_has_its_reason(changes: dict[str, Any], said: str, save: Cal
     assert why_not(config) is None
     reason = why_not(config | changes)
     assert reason is not None
-    with pytest.raises(AssertionError, match=said):
-        raise AssertionError(reason)
+    assert re.search(said, reason), reason
 
 
 def test_a_number_too_large_for_half_is_refused(tmp_path: Path, save: Callable[..., Path]) -> None:

@@ -179,7 +179,8 @@ def _check_in_llama_cpp(
     inputs = ModelInputs(model_dir, student.config)
     tokenizer = _tokenizer(model_dir)
     sequences = [inputs.expand(sample.ids_S, sample.is_response_S, sample.images) for sample in samples]
-    llama = LlamaCpp(file, max(len(sequence.ids_S) for sequence in sequences), tokenizer.eos_token_id)
+    # Twice the longest: its text may be cut into other, more tokens than it was made of.
+    llama = LlamaCpp(file, 2 * max(len(sequence.ids_S) for sequence in sequences), tokenizer.eos_token_id)
     differences = []
     for sequence in sequences:
         logp_RV = response_logprobs(student, inputs, sequence)

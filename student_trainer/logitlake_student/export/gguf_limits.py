@@ -28,8 +28,8 @@ def why_not(config: Mapping[str, Any]) -> str | None:
     """Why llama.cpp cannot run a checkpoint with this `config.json`, and what to do; None if it can."""
     if "vision_config" in config:
         return (
-            f"{config['model_type']} has a vision tower, which is not written as GGUF here (llama.cpp's vision files "
-            "know no LLaVA with a CLIP or SigLIP tower and a Qwen3 or MoE language model); export to=hf or to=vllm"
+            f"{config['model_type']} has a vision tower, and llama.cpp's separate vision files are not written here; "
+            "export to=hf or to=vllm"
         )
     model_type = config["model_type"]
     if model_type not in ARCHITECTURES:
