@@ -44,8 +44,8 @@ def held_out_figures(lake: str | Path, cache: str, model_dir: Path, split: str =
     from logitlake_shared.rendering import Renderer
     from logitlake_student.data import SampleCollator, StudentInputs, check_student_fits
     from logitlake_student.losses.distillation import TeacherBatch, distillation_loss
+    from logitlake_student.models.forward import hidden_response_rows
     from logitlake_student.models.load import load_student
-    from logitlake_student.trainer import hidden_response_rows
 
     model = load_student(model_dir, dtype=torch.float32).eval()
     renderer, dataset = Renderer(model_dir), LakeDataset(lake, cache, split=split)

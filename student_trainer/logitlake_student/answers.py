@@ -24,9 +24,9 @@ from logitlake_shared.rendering import Renderer
 from logitlake_student.data import SampleCollator, StudentInputs, check_student_fits, tokens_per_image
 from logitlake_student.losses.distillation import TeacherBatch, distillation_loss
 from logitlake_student.model_inputs import Expanded, ModelInputs
+from logitlake_student.models.forward import hidden_response_rows
 from logitlake_student.models.load import load_student
 from logitlake_student.models.parts import projector_prefix
-from logitlake_student.trainer import hidden_response_rows
 
 __all__ = ["Examinee", "Prompt", "Streamed", "greedy_answers", "kl_to_teacher", "load_examinee", "stream_answer"]
 

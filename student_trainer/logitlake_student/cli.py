@@ -28,14 +28,16 @@ def cli() -> None:
 @config_command("logitlake_student.config:TrainConfig")
 def train(config: "TrainConfig") -> None:
     """Train the configured stages in order; resumes where it was stopped."""
+    from logitlake_student.ranks import is_first_rank
     from logitlake_student.run import plan_run, train_stage
 
+    tell = click.echo if is_first_rank() else lambda _: None
     for run in plan_run(config):
         if run.is_done():
-            click.echo(f"{run.stage.type}: trained already, {run.model}")
+            tell(f"{run.stage.type}: trained already, {run.model}")
             continue
         figures = train_stage(config, run)
-        click.echo(
+        tell(
             f"{run.stage.type}: {figures['steps']} steps in {figures['seconds']} s, {figures['params_trainable']:,} of "
             f"{figures['params_total']:,} parameters trained, {run.model}"
         )

@@ -14,9 +14,10 @@ difference: results are never mixed.
 """
 
 import json
-import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from logitlake_student.config import (
     StageConfig,
     TrainConfig,
 )
+from logitlake_student.ranks import first_rank_first, is_first_rank, join_ranks, wait_for_ranks, world_size
 
 __all__ = ["StageRun", "plan_run", "train_stage"]
 
@@ -120,7 +122,7 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     from logitlake_student.models.parts import projector_prefix, text_config
     from logitlake_student.models.upcycle import parameter_report
     from logitlake_student.stages import freeze_for_stage
-    from logitlake_student.trainer import StageTrainer
+    from logitlake_student.trainer import StageTrainer, micro_batches
 
     quiet_transformers()
     if config.num_threads is not None:
@@ -128,7 +130,10 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     _refuse_several_devices(torch.cuda.device_count() if config.device == "cuda" else 1)
     started = time.monotonic()
     stage = run.stage
-    start_dir = starting_checkpoint(config, run)
+    micro_batches(stage, world_size())
+    join_ranks(config.device, config.rank_timeout_s)
+    with first_rank_first():
+        start_dir = starting_checkpoint(config, run)
     model = starting_model(config, run, start_dir)
     trained = freeze_for_stage(model, stage.type)
     sees_images = projector_prefix(model) is not None
@@ -161,14 +166,16 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
             )
         collate = PairCollator(inputs)
 
-    run.folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(config.output / SNAPSHOTS, run.snapshots)
-    _write_atomically(run.folder / STARTED, {"identity": run.identity})
-    write_provenance(run.folder / "provenance.json", config)
+    if is_first_rank():
+        run.folder.mkdir(parents=True, exist_ok=True)
+        _write_atomically(config.output / SNAPSHOTS, run.snapshots)
+        _write_atomically(run.folder / STARTED, {"identity": run.identity})
+        write_provenance(run.folder / "provenance.json", config)
+    wait_for_ranks()
 
     newest = newest_checkpoint(run.folder)
     done_steps = newest[0] if newest is not None else 0
-    with progress(f"train {stage.type}", stage.steps, "steps") as advance:
+    with _progress(f"train {stage.type}", stage.steps) as advance:
         trainer = StageTrainer(
             model,
             stage,
@@ -179,16 +186,12 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
             device=config.device,
             advance=advance,
         )
-        trainer.forget_metrics_after(done_steps)
+        if is_first_rank():
+            trainer.forget_metrics_after(done_steps)
         if newest is not None:
             advance(done_steps)
         trainer.train(resume_from_checkpoint=str(newest[1]) if newest is not None else None)
 
-    building = run.folder / ".model"
-    shutil.rmtree(building, ignore_errors=True)
-    save_student(model, building, files_from=start_dir)
-    shutil.rmtree(run.model, ignore_errors=True)
-    building.rename(run.model)
     parameters = parameter_report(model)
     figures = {
         "steps": stage.steps,
@@ -199,11 +202,28 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         "params_trainable": parameters.params_trainable,
         "tensors_trained": len(trained),
     }
-    _write_atomically(run.folder / DONE, {"identity": run.identity, "figures": figures})
-    for checkpoint in run.folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    shutil.rmtree(run.folder / ".building", ignore_errors=True)
+    if is_first_rank():
+        building = run.folder / ".model"
+        shutil.rmtree(building, ignore_errors=True)
+        save_student(model, building, files_from=start_dir)
+        shutil.rmtree(run.model, ignore_errors=True)
+        building.rename(run.model)
+        _write_atomically(run.folder / DONE, {"identity": run.identity, "figures": figures})
+        for checkpoint in run.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        shutil.rmtree(run.folder / ".building", ignore_errors=True)
+    wait_for_ranks()
     return figures
+
+
+@contextmanager
+def _progress(label: str, num_steps: int) -> Iterator[Callable[..., None]]:
+    """The first rank's bar; the others are silent."""
+    if not is_first_rank():
+        yield lambda *_, **__: None
+        return
+    with progress(label, num_steps, "steps") as advance:
+        yield advance
 
 
 def starting_checkpoint(config: TrainConfig, run: StageRun) -> Path:
@@ -252,18 +272,11 @@ def starting_model(config: TrainConfig, run: StageRun, start_dir: Path) -> Any:
 
 
 def _refuse_several_devices(num_devices: int) -> None:
-    """Several ranks would train apart, each on its own share, and several devices of one rank would change the batch:
-    neither wrapper sees the trainer's forward passes. Raises `TrainingError` before anything is written."""
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_processes > 1:
+    """Several devices of one rank would change the batch. Raises `TrainingError` before anything is written."""
+    if num_devices > 1 and world_size() == 1:
         raise TrainingError(
-            f"the student trains in one process, got WORLD_SIZE={num_processes}: gradients are not synchronised "
-            "between ranks; start `logitlake-student train` without torchrun; `micro_batch_size` saves memory"
-        )
-    if num_devices > 1:
-        raise TrainingError(
-            f"the student trains on one device, got {num_devices} visible CUDA devices; choose one, e.g. with "
-            "CUDA_VISIBLE_DEVICES=0"
+            f"one process trains on one device, got {num_devices} visible CUDA devices; start a process a device with "
+            f"torchrun --nproc-per-node={num_devices}, or choose one with CUDA_VISIBLE_DEVICES=0"
         )
 
 

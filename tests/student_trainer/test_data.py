@@ -26,8 +26,8 @@ from logitlake_student.data import (
     tokens_per_image,
 )
 from logitlake_student.losses import TeacherBatch, distillation_loss
+from logitlake_student.models.forward import hidden_response_rows
 from logitlake_student.models.load import load_student
-from logitlake_student.trainer import hidden_response_rows
 
 # Sums of some hundred nats in float32; other padding is another order of adding.
 SUM_TOLERANCE = 1e-3

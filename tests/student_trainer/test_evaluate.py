@@ -28,7 +28,7 @@ from logitlake_student.answers import Examinee, Prompt, greedy_answers, kl_to_te
 from logitlake_student.config import EvalConfig
 from logitlake_student.evaluate import examine, figures_of, read_questions, result_of
 from logitlake_student.metrics import mentions
-from logitlake_student.trainer import hidden_response_rows
+from logitlake_student.models.forward import hidden_response_rows
 
 EXAMPLES = Path(__file__).parents[2] / "examples/digit_scenes/configs"
 # float32 logprobs against float64 ones, summed in another order: 4e-9 of the sum was measured.

@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from logitlake_shared.errors import DataError
-from logitlake_student.losses.balance import load_balancing_loss, router_z_loss, routing_statistics
+from logitlake_student.losses.balance import (
+    LayerRouting,
+    count_experts,
+    load_balancing_loss,
+    router_entropies,
+    router_z_loss,
+    routing_statistics,
+)
 
 N, E, TOP_K = 12, 4, 2
 
@@ -23,6 +30,41 @@ ALL_N = torch.ones(N, dtype=torch.bool)
 
 def random_logits(seed: int) -> Tensor:
     return torch.randn(N, E, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def statistics_of(router_logits: list[Tensor], mask_N: Tensor) -> list[LayerRouting]:
+    counts = count_experts(router_logits, mask_N, TOP_K)
+    return routing_statistics(counts, router_entropies(router_logits, mask_N), TOP_K)
+
+
+def test_shares_of_a_batch_add_up_to_its_loss() -> None:
+    """Cut anywhere, with the counts of all of it: balance and z-loss of the parts sum to those of the whole, in value
+    and gradient. With the counts of each part alone they would not."""
+    layers = [random_logits(0), random_logits(1)]
+    mask_N = torch.arange(N) % 5 != 0
+    counts = count_experts(layers, mask_N, TOP_K)
+    parts = [slice(0, 3), slice(3, 10), slice(10, N)]
+
+    def terms(rows: slice, *, whole: bool) -> Tensor:
+        own = [layer[rows] for layer in layers]
+        balance = load_balancing_loss(own, mask_N[rows], TOP_K, counts if whole else None)
+        return balance + 0.1 * router_z_loss(own, mask_N[rows], counts.num_tokens if whole else None)
+
+    together = torch.stack([terms(rows, whole=True) for rows in parts]).sum()
+    alone = terms(slice(0, N), whole=False)
+    torch.testing.assert_close(together, alone, rtol=RTOL, atol=0)
+    for a, b in zip(torch.autograd.grad(together, layers), torch.autograd.grad(alone, layers), strict=True):
+        torch.testing.assert_close(a, b, rtol=RTOL, atol=RTOL)
+    assert not torch.isclose(torch.stack([terms(rows, whole=False) for rows in parts]).mean(), alone, rtol=1e-3)
+
+
+def test_counts_add_up() -> None:
+    """The counts of two halves are those of the whole."""
+    layers = [random_logits(5).detach()]
+    halves = count_experts([layers[0][:5]], ALL_N[:5], TOP_K) + count_experts([layers[0][5:]], ALL_N[5:], TOP_K)
+    whole = count_experts(layers, ALL_N, TOP_K)
+    assert torch.equal(halves.assigned_LE, whole.assigned_LE)
+    assert int(halves.num_tokens) == int(whole.num_tokens) == N
 
 
 def test_equals_transformers_on_each_layer_with_padding() -> None:
@@ -67,7 +109,7 @@ def test_padding_changes_nothing() -> None:
         mask = mask_N[: len(router)]
         assert torch.equal(load_balancing_loss([router], mask, TOP_K), load_balancing_loss([logits], mask_N, TOP_K))
         assert torch.equal(router_z_loss([router], mask), router_z_loss([logits], mask_N))
-        a, b = (routing_statistics([r], m, TOP_K)[0] for r, m in ((router, mask), (logits, mask_N)))
+        a, b = (statistics_of([r], m)[0] for r, m in ((router, mask), (logits, mask_N)))
         assert torch.equal(a.load_E, b.load_E)
         assert (a.entropy, a.num_dead) == (b.entropy, b.num_dead)
 
@@ -96,10 +138,11 @@ def test_routing_statistics_by_hand() -> None:
     logits[:, 0] = 60.0
     logits[:6, 1] = 60.0
     logits[6:, 2] = 60.0
-    (layer,) = routing_statistics([logits.requires_grad_()], ALL_N, TOP_K)
+    (layer,) = statistics_of([logits.requires_grad_()], ALL_N)
     assert layer.load_E.tolist() == [0.5, 0.25, 0.25, 0.0]
     assert not layer.load_E.requires_grad
     assert layer.num_dead == 1
+    assert layer.max_violation == pytest.approx(1.0)  # half of everything where a quarter is even
     assert layer.entropy == pytest.approx(math.log(2), rel=1e-5)  # two experts, even odds
 
 

@@ -19,6 +19,7 @@ from logitlake_shared.errors import ConfigError
 from logitlake_student import trainer as trainer_module
 from logitlake_student.models import assemble as assemble_module
 from logitlake_student.models import upcycle as upcycle_module
+from logitlake_student.objectives import distillation as distillation_module
 
 # A training run that shows no progress for this long is broken, however busy the machine.
 PATIENCE_SECONDS = 180
@@ -98,7 +99,7 @@ CRASH_POINTS: dict[str, tuple[Any, Callable[[pytest.MonkeyPatch, Any], None], in
     "before the trainable tensors of the first checkpoint": (trainer_module, before("save_file"), 0),
     "before the first checkpoint has its name": (trainer_module, before("publish_folder"), 0),
     "after it, before old ones are removed": (trainer_module, before("prune_checkpoints"), 2),
-    "in a step after it": (trainer_module, before("hidden_response_rows", 4), 2),
+    "in a step after it": (distillation_module, before("hidden_response_rows", 4), 2),
     "before the second checkpoint has its name": (trainer_module, before("publish_folder", 2), 2),
     "before the checkpoint of the last step is pruned": (trainer_module, before("prune_checkpoints", 2), 4),
     "before the model has its name": (assemble_module, before("save_student"), 4),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from logitlake_shared.errors import TrainingError
+from logitlake_shared.errors import ConfigError, TrainingError
 from logitlake_shared.reader import PairDataset
 from logitlake_shared.rendering import Renderer
 from logitlake_student.losses.reference import sequence_logprobs_reference
@@ -219,18 +219,19 @@ def test_a_loss_that_is_not_finite_stops_the_stage(student_world: Any) -> None:
     assert not (student_world.output / "d2d" / "done.json").exists()
 
 
-def test_several_processes_are_refused(student_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under torchrun each rank would train a student of its own and say nothing; nothing is written before the no."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TrainingError, match=r"one process, got WORLD_SIZE=2: gradients are not synchronised"):
-        student_world.train(student_world.train_config(D2D))
-    assert not student_world.output.exists()
+def test_ranks_that_do_not_make_up_the_batch_are_refused(student_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks cannot share four samples, nor two ranks take four at a time; nothing is written before the no."""
+    for world_size, stage in (("3", D2D), ("2", D2D | {"micro_batch_size": 4})):
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        with pytest.raises(ConfigError, match=rf"{world_size} ranks .* do not make up a batch of 4"):
+            student_world.train(student_world.train_config(stage))
+        assert not student_world.output.exists()
 
 
-def test_several_devices_are_refused() -> None:
+def test_several_devices_of_one_process_are_refused() -> None:
     """Trainer would spread one batch over all of them, and multiply it; one device is fine."""
     from logitlake_student.run import _refuse_several_devices
 
     _refuse_several_devices(1)
-    with pytest.raises(TrainingError, match=r"one device, got 8 visible CUDA devices; .* CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(TrainingError, match=r"one device, got 8 visible CUDA devices; .*torchrun --nproc-per-node=8"):
         _refuse_several_devices(8)

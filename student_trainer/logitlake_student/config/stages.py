@@ -19,7 +19,7 @@ class _Stage(StrictModel):
     batch_size: int = Field(default=64, gt=0)
     """samples (or pairs) of one optimiser step, over all micro-batches"""
     micro_batch_size: int | None = Field(default=None, gt=0)
-    """samples of one forward pass; default: the whole batch"""
+    """samples of one forward pass; default: all of a rank's part of the batch"""
     learning_rate: float = Field(gt=0)
     """peak of the schedule: linear warm-up, then cosine to zero"""
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
@@ -96,7 +96,7 @@ class D2SStage(_DistillationStage):
     router_seed: int = 0
     """seed of the fresh routers"""
     balance_weight: float = Field(default=0.01, ge=0)
-    """weight of the load-balancing loss: mean over layers, frequencies of a micro-batch"""
+    """weight of the load-balancing loss: mean over layers, frequencies of the global batch"""
     z_loss_weight: float = Field(default=0.0, ge=0)
     """weight of the router z-loss"""
 
@@ -107,7 +107,7 @@ class PreferenceStage(_Stage):
     type: Literal["preference"]
     """which stage this is"""
     loss: Literal["dpo", "kto_pair", "ipo", "hinge"] = "dpo"
-    """which preference loss; the baseline of `kto_pair` is the mean over a micro-batch"""
+    """which preference loss; the baseline of `kto_pair` is the mean over the global batch"""
     beta: float = Field(default=0.1, gt=0)
     """how strongly the reference holds"""
     reference: Literal["teacher", "initial_student", "none"] = "teacher"
@@ -119,7 +119,7 @@ class PreferenceStage(_Stage):
     length_normalised: bool = False
     """divide each response's logprob by its tokens before the loss"""
     balance_weight: float = Field(default=0.01, ge=0)
-    """weight of the load-balancing loss: mean over layers, frequencies of a micro-batch"""
+    """weight of the load-balancing loss: mean over layers, frequencies of the global batch"""
 
 
 StageConfig = Annotated[InitStage | D2DStage | D2SStage | PreferenceStage, Field(discriminator="type")]

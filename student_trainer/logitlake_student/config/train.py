@@ -43,6 +43,8 @@ class TrainConfig(StrictModel):
     """one `[[stages]]` table a stage, in the order init, d2d, d2s, preference; any may be left out"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the student trains"""
+    rank_timeout_s: float = Field(default=1800.0, gt=0)
+    """seconds for which a rank may say nothing before the others give up"""
     num_threads: int | None = Field(default=None, gt=0)
     """CPU threads; default: torch's own choice. Resuming bit for bit needs the same number"""
 

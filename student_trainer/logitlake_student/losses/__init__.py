@@ -4,8 +4,11 @@ Fast paths are in `distillation`, `preference` and `balance`; their slow twins i
 """
 
 from logitlake_student.losses.balance import (
+    ExpertCounts,
     LayerRouting,
+    count_experts,
     load_balancing_loss,
+    router_entropies,
     router_z_loss,
     routing_statistics,
 )
@@ -22,6 +25,7 @@ from logitlake_student.losses.preference import (
 )
 
 __all__ = [
+    "ExpertCounts",
     "KtoBaseline",
     "LayerRouting",
     "LossSums",
@@ -29,11 +33,13 @@ __all__ = [
     "PreferenceLosses",
     "TeacherBatch",
     "anchor_loss",
+    "count_experts",
     "distillation_loss",
     "kto_baseline",
     "load_balancing_loss",
     "nll_loss",
     "preference_loss",
+    "router_entropies",
     "router_z_loss",
     "routing_statistics",
     "sequence_logprobs",

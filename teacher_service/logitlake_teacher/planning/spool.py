@@ -17,7 +17,7 @@ from logitlake_teacher.planning.rows import DIGEST_BYTES
 __all__ = ["NUM_BUCKETS", "Spool"]
 
 NUM_BUCKETS = 256
-_BUFFER_BYTES = 32 * 2**20
+_BUFFER_BYTES = 8 * 2**20
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 

@@ -103,7 +103,8 @@ class UnitsFile(Sequence[Unit]):
 
     def __init__(self, folder: Path, kind: CacheKind) -> None:
         self._kind = kind
-        self._reader = pa.ipc.open_file(pa.memory_map(str(folder / _UNITS)))
+        # Not mapped: the pages of a large plan would count as memory of this process.
+        self._reader = pa.ipc.open_file(pa.OSFile(str(folder / _UNITS)))
         with pa.ipc.open_file(folder / _INDEX) as reader:
             index = reader.read_all()
         self.ids: list[str] = index.column("unit_id").to_pylist()

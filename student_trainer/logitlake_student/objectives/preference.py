@@ -1,0 +1,109 @@
+"""Preference distillation: sums over pairs of the preference loss, the anchor and the likelihood of the chosen."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logitlake_student.config import PreferenceStage
+from logitlake_student.data import Batch
+from logitlake_student.losses.preference import (
+    KtoBaseline,
+    anchor_loss,
+    nll_loss,
+    preference_loss,
+    sequence_logprobs,
+)
+from logitlake_student.models.forward import hidden_response_rows
+from logitlake_student.objectives.sums import Complete, Sums
+
+__all__ = ["PreferenceObjective"]
+
+
+class PreferenceObjective:
+    """Implements `objectives.step.Objective`; an item is a pair.
+
+    `reference` is the student as it was when the stage began, where its logprobs are what rewards are measured against.
+    Logged: `preference`, `nll`, `margin`, `chosen_reward`, `rejected_reward`, `preferred` (pairs in the right order).
+    """
+
+    def __init__(self, stage: PreferenceStage, vocab_size: int, reference: Any | None) -> None:
+        self._stage, self._vocab_size, self._reference = stage, vocab_size, reference
+        self.needs_survey = stage.loss == "kto_pair"
+
+    def num_items(self, batch: Batch) -> int:
+        """Pairs of the batch."""
+        return len(batch["reference_logp_B"]) // 2
+
+    def survey(self, student: Any, batch: Batch) -> Sums:
+        """See `Objective.survey`: sums of the log-ratios, whose mean over all pairs is the baseline of `kto_pair`."""
+        (chosen_P, rejected_P), (reference_chosen_P, reference_rejected_P), _ = self._logprobs(student, batch)
+        return _log_ratio_sums(chosen_P - reference_chosen_P, rejected_P - reference_rejected_P)
+
+    def __call__(self, student: Any, batch: Batch, complete: Complete) -> tuple[Tensor, Sums]:
+        """See `Objective`."""
+        stage = self._stage
+        (chosen_P, rejected_P), (reference_chosen_P, reference_rejected_P), nll_P = self._logprobs(student, batch)
+        baseline = None
+        if self.needs_survey:
+            own = _log_ratio_sums(chosen_P - reference_chosen_P, rejected_P - reference_rejected_P)
+            baseline = _baseline(complete(own))
+        losses = preference_loss(
+            chosen_P,
+            rejected_P,
+            reference_chosen_P,
+            reference_rejected_P,
+            kind=stage.loss,
+            beta=stage.beta,
+            baseline=baseline,
+        )
+        loss_P = losses.losses_P + stage.nll_weight * nll_P
+        if stage.anchor_weight:
+            loss_P = loss_P + stage.anchor_weight * anchor_loss(chosen_P, reference_chosen_P, beta=stage.beta)
+        return loss_P.sum(), {
+            "preference": losses.losses_P.detach().sum(),
+            "nll": nll_P.detach().sum(),
+            "margin": losses.margins_P.sum(),
+            "chosen_reward": losses.chosen_rewards_P.sum(),
+            "rejected_reward": losses.rejected_rewards_P.sum(),
+            "preferred": (losses.margins_P > 0).float().sum(),
+        }
+
+    def _logprobs(self, student: Any, batch: Batch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """The student's and the reference's logprobs of chosen and rejected responses, and `nll_P` of the chosen."""
+        length_B = batch["length_B"]
+        policy_B = self._sequence_logprobs(student, batch)
+        scale_B = 1 / length_B if self._stage.length_normalised else torch.ones_like(length_B)
+        nll_P = nll_loss(policy_B.chunk(2)[0], length_B.chunk(2)[0])
+        return (policy_B * scale_B).chunk(2), (self._reference_logprobs(batch) * scale_B).chunk(2), nll_P
+
+    def _reference_logprobs(self, batch: Batch) -> Tensor:
+        if self._stage.reference == "teacher":
+            return batch["reference_logp_B"]
+        if self._reference is None:
+            return torch.zeros_like(batch["reference_logp_B"])
+        with torch.no_grad():
+            return self._sequence_logprobs(self._reference, batch)
+
+    def _sequence_logprobs(self, model: Any, batch: Batch) -> Tensor:
+        return sequence_logprobs(
+            hidden_response_rows(model, batch),
+            model.lm_head.weight[: self._vocab_size],
+            batch["label_ids_R"],
+            batch["sequence_R"],
+            len(batch["length_B"]),
+            self._stage.chunk_rows,
+        )
+
+
+def _log_ratio_sums(chosen_P: Tensor, rejected_P: Tensor) -> Sums:
+    return {
+        "chosen": chosen_P.detach().double().sum(),
+        "rejected": rejected_P.detach().double().sum(),
+        "pairs": torch.tensor(float(len(chosen_P)), dtype=torch.float64, device=chosen_P.device),
+    }
+
+
+def _baseline(surveyed: Sums) -> KtoBaseline:
+    chosen, rejected = ((surveyed[name] / surveyed["pairs"]).float().clamp(min=0) for name in ("chosen", "rejected"))
+    return KtoBaseline(chosen, rejected)

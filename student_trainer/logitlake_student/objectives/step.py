@@ -1,0 +1,111 @@
+"""One forward pass of training: a student and what it is trained for, as one module.
+
+Data parallel wrappers synchronise what passes through the `forward` of the module that they wrap. Our losses call the
+decoder inside the student and the head's weight by itself, so both happen inside this module's forward.
+
+Some terms compare with all of the global batch: expert frequencies, the baseline of `kto_pair`. Where a rank has one
+micro-batch a step, the ranks exchange these sums in the forward pass. Where it has several, the sums must be known
+before the first of them is learned from, and the step begins with a survey: a pass without gradients over each.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from logitlake_student.data import Batch
+from logitlake_student.losses.balance import ExpertCounts
+from logitlake_student.models.routing import RouterRecorder
+from logitlake_student.objectives.routing import RoutingObjective, RoutingSums
+from logitlake_student.objectives.sums import Complete, Sums, sum_over_ranks
+
+__all__ = ["Objective", "StepResult", "StepTotals", "StudentStep"]
+
+
+class Objective(Protocol):
+    """What a kind of stage minimises."""
+
+    needs_survey: bool
+    """whether it compares with sums over the global batch"""
+
+    def num_items(self, batch: Batch) -> int:
+        """What the loss of a step is divided by, summed over micro-batches and ranks."""
+
+    def survey(self, student: Any, batch: Batch) -> Sums:
+        """The micro-batch's part of the sums that it compares with."""
+
+    def __call__(self, student: Any, batch: Batch, complete: Complete) -> tuple[Tensor, Sums]:
+        """The loss and, detached, what is logged: sums over the items of the micro-batch."""
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What is known of a step, all micro-batches and ranks, before its first forward pass."""
+
+    num_items: Tensor
+    """0-d"""
+    surveyed: Sums | None = None
+    """None: this micro-batch is all that the rank has"""
+
+    def complete(self, own: Sums) -> Sums:
+        """See `Complete`."""
+        return sum_over_ranks(own) if self.surveyed is None else {name: self.surveyed[name] for name in own}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a micro-batch gave."""
+
+    loss: Tensor
+    """its share of the step's loss, 0-d, with the gradient"""
+    sums: Sums
+    """its shares of what is logged, detached"""
+    routing: RoutingSums | None
+    """what its routers did, where they are trained"""
+
+
+class StudentStep(nn.Module):
+    """A student, its objective and what is asked of its routers (None where they are not trained)."""
+
+    def __init__(self, student: Any, objective: Objective, routing: RoutingObjective | None) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.routing = routing
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether a step of several micro-batches begins with a survey."""
+        return self.objective.needs_survey or self.routing is not None
+
+    def forward(self, batch: Batch, totals: StepTotals | None) -> StepResult | Sums:
+        """A micro-batch's share of the step; without `totals` its part of the survey, and no gradients are wanted."""
+        # Entered by hand: the routers are heard during the student's forward pass only, not during backward.
+        recorder = RouterRecorder(self.student) if self.routing is not None else None
+        with recorder or contextlib.nullcontext():
+            if totals is None:
+                surveyed = self.objective.survey(self.student, batch)
+            else:
+                loss_sum, sums = self.objective(self.student, batch, totals.complete)
+        mask_N = batch["attention_mask_BS"].flatten().bool()
+        logits = recorder.logits() if recorder is not None else []
+        if totals is None:
+            return surveyed | (_as_sums(self.routing.count(logits, mask_N)) if self.routing is not None else {})
+        loss = loss_sum / totals.num_items
+        sums = {name: value / totals.num_items for name, value in sums.items()}
+        told = None
+        if self.routing is not None:
+            told = self.routing.told(logits, mask_N)
+            routing_loss, balance = self.routing(logits, mask_N, _as_counts(totals.complete(_as_sums(told.counts))))
+            loss = loss + routing_loss
+            sums["balance"] = balance
+        return StepResult(loss, sums | {"loss": loss.detach()}, told)
+
+
+def _as_sums(counts: ExpertCounts) -> Sums:
+    return {"assigned_LE": counts.assigned_LE, "num_tokens": counts.num_tokens}
+
+
+def _as_counts(sums: Sums) -> ExpertCounts:
+    return ExpertCounts(sums["assigned_LE"], sums["num_tokens"])
