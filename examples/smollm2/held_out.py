@@ -66,12 +66,12 @@ def held_out_figures(lake: str | Path, cache: str, model_dir: Path, split: str =
                 hidden_response_rows(model, batch),
                 model.lm_head.weight[: renderer.vocab_size],
                 teacher,
-                kl_weight=1.0,
+                divergence_weight=1.0,
                 ce_weight=0.0,
                 chunk_rows=_CHUNK_ROWS,
             )
         tokens += len(batch["label_ids_R"])
-        kl += float(sums.kl_sum)
+        kl += float(sums.divergence_sum)
         ce += float(sums.ce_sum)
         teacher_ce -= sum(float(sample.rows.label_logprob_T.sum()) for sample in samples)
     return Figures(len(dataset), tokens, kl / tokens, ce / tokens, teacher_ce / tokens)

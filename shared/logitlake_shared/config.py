@@ -172,8 +172,10 @@ def _field_rows(fields: Mapping[str, FieldInfo], prefix: str) -> Iterator[str]:
             yield from _field_rows(sections[0].model_fields, f"{key}.")
         else:
             alternatives = {_alternative(section): section.model_fields for section in sections}
-            default = "required" if field.is_required() else f"`{json.dumps(field.default.type)}`"
-            yield f"| `{key}.type` | {_code(alternatives)} | {default} | {field.description or ''} |"
+            chosen = getattr(field.default, "type", None)
+            default = "required" if field.is_required() else f"`{json.dumps(chosen)}`" if chosen else ""
+            meaning = (field.description or "").replace("\n", " ")
+            yield f"| `{key}.type` | {_code(alternatives)} | {default} | {meaning} |"
             first = next(iter(alternatives.values()))
             shared = {
                 name: first[name]

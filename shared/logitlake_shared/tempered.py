@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["log_head_mass", "merged_tail", "tempered_head"]
+__all__ = ["log_head_mass", "log_normaliser", "merged_tail", "tempered_head"]
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -57,3 +57,16 @@ def tempered_head(logprobs_TK: Float32, log_tail_T: Float32, temperature: float)
     log_sum_T = np.log(np.einsum("tk->t", np.exp(scaled_TK)))
     scaled_TK += (log_head_mass(log_tail_T) - log_sum_T).astype(np.float32)[:, None]
     return scaled_TK
+
+
+def log_normaliser(
+    logprobs: Float32, starts_T: npt.NDArray[np.int64], log_tail_T: Float32, temperature: float
+) -> Float32:
+    """`-log Z` of each token: what `logprob / temperature` is moved by at the temperature, in or out of the head.
+
+    `logprobs` are the entries' at T = 1, one token after the other, each token's from `starts_T` on; `log_tail_T` is
+    the tail at `temperature`.
+    """
+    sum_T = np.add.reduceat(np.exp(logprobs / np.float32(temperature)), starts_T, dtype=np.float64)
+    shift_T: Float32 = (log_head_mass(log_tail_T) - np.log(sum_T)).astype(np.float32)
+    return shift_T

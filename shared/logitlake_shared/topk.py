@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from logitlake_schemas import Codec, CodecPolicy, SampledPolicy, StoredError, Temperature
 from logitlake_shared.errors import LakeError
-from logitlake_shared.tempered import merged_tail, tempered_head
+from logitlake_shared.tempered import log_normaliser, merged_tail, tempered_head
 
 __all__ = [
     "DrawnRows",
@@ -235,20 +235,26 @@ def _log_tail_at(rows: StoredRows, temperature: Literal[1] | Temperature) -> Flo
     return rows.log_tails_T[temperature]
 
 
-def tail_bound(rows: StoredRows, codec: Codec) -> Float32:
-    """`log_bound_T`: no entry outside the stored ones has a greater logprob in the teacher.
+def tail_bound(rows: StoredRows, codec: Codec, temperature: Literal[1] | Temperature = 1) -> Float32:
+    """`log_bound_T`: no entry outside the stored ones has a greater logprob in the teacher at the temperature.
 
     Entries are stored in rank order, so what is not stored is at most as probable as the least stored entry, and
     below the codec's floor where fewer than `k_max` are stored. The bound is loose by the rounding of the stored
-    values (an upper cell edge of the grid, and what `decode` divides by). Draws bound nothing: 0.
+    values (an upper cell edge of the grid, and what `decode` divides by). Draws bound nothing: 0. Raises `LakeError`
+    where the rows hold no tail mass at the temperature.
     """
     if isinstance(codec, SampledPolicy):
         return np.zeros(len(rows.k_T), np.float32)
-    least_T = rows.topk_logprobs[np.cumsum(rows.k_T, dtype=np.int64) - 1]
+    ends_T = np.cumsum(rows.k_T, dtype=np.int64)
+    least_T = rows.topk_logprobs[ends_T - 1]
     if codec.grid == "companded256":
         least_T = _upper_edges()[np.searchsorted(_grid(), least_T)]
     floor = np.float32(np.log(codec.p_min)) if codec.p_min else np.float32(0)
     bound_T = np.where(rows.k_T < codec.k_max, np.minimum(least_T, floor), least_T)
+    if temperature != 1:
+        # What is more probable at 1 is more probable at any temperature.
+        shift_T = log_normaliser(rows.topk_logprobs, ends_T - rows.k_T, _log_tail_at(rows, temperature), temperature)
+        bound_T = bound_T / temperature + shift_T
     return np.minimum(bound_T + _BOUND_SLACK, 0).astype(np.float32)
 
 

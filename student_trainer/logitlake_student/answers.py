@@ -202,8 +202,10 @@ def kl_to_teacher(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, 
             label_ids_R=batch["label_ids_R"],
         )
         hidden_RH = hidden_response_rows(examinee.model, batch)
-        _, sums = distillation_loss(hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=_CHUNK_ROWS)
-        kl_sum += float(sums.kl_sum)
+        _, sums = distillation_loss(
+            hidden_RH, weight_VH, teacher, divergence_weight=1.0, ce_weight=0.0, chunk_rows=_CHUNK_ROWS
+        )
+        kl_sum += float(sums.divergence_sum)
         num_tokens += len(batch["label_ids_R"])
         advance(len(samples))
     return kl_sum / num_tokens

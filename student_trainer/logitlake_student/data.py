@@ -10,14 +10,14 @@ Axes: B samples, S positions, R response rows of the batch, K cached entries, P 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from logitlake_schemas import CaptureSpec, Codec, sha256_hex
+from logitlake_schemas import CaptureSpec, Codec, Temperature, sha256_hex
 from logitlake_shared.alignment import expand_images, interleave, predicting_rows
 from logitlake_shared.errors import FingerprintMismatchError, TrainingError
 from logitlake_shared.pixels import PixelLoader
@@ -26,6 +26,7 @@ from logitlake_shared.reader.order import Layout, epoch_order
 from logitlake_shared.rendering import Renderer
 from logitlake_shared.rows import LakePair, LakeSample
 from logitlake_shared.topk import decode, tail_bound
+from logitlake_student.config.targets import EntropyWeights, TokenWeights, VisualAdvantage
 from logitlake_student.model_inputs import tokens_per_image
 
 __all__ = [
@@ -188,24 +189,49 @@ class SampleCollator:
     inputs: StudentInputs
     codec: Codec
     """of the lake that the samples come from"""
+    temperature: Literal[1] | Temperature = 1
+    """of the teacher's rows"""
+    token_weights: TokenWeights | None = None
+    """which tokens count more; None: none"""
 
     def __call__(self, samples: Sequence[LakeSample]) -> Batch:
         """`input_ids_BS`, `attention_mask_BS`, `rows_R`, `label_ids_R`, `topk_ids_RK`, `topk_logprobs_RK`,
-        `log_tail_mass_R`, `log_bound_R`, and `pixel_values` where there are images. K is the largest k of the batch.
+        `log_tail_mass_R`, `log_bound_R`, `weight_R`, and `pixel_values` where there are images. K is the largest k of
+        the batch.
         """
         sequences = self.inputs.sequences(
             [(s.prompt_ids, s.prompt_lengths, s.response_ids, s.response_lengths, len(s.images)) for s in samples]
         )
         self.inputs.check_length(sequences, [f"sample {sample.sample_id}" for sample in samples])
         batch = _as_batch(sequences, self.inputs.pixels([image for sample in samples for image in sample.images]))
-        ids_RK, logprobs_RK, log_tail_R = decode([sample.rows for sample in samples])
+        ids_RK, logprobs_RK, log_tail_R = decode([sample.rows for sample in samples], self.temperature)
         batch["topk_ids_RK"] = torch.from_numpy(ids_RK).long()
         batch["topk_logprobs_RK"] = torch.from_numpy(logprobs_RK)
         batch["log_bound_R"] = torch.from_numpy(
-            np.concatenate([tail_bound(sample.rows, self.codec) for sample in samples])
+            np.concatenate([tail_bound(sample.rows, self.codec, self.temperature) for sample in samples])
+        )
+        batch["weight_R"] = torch.from_numpy(
+            np.concatenate([token_weights(sample, self.token_weights) for sample in samples])
         )
         batch["log_tail_mass_R"] = torch.from_numpy(log_tail_R)
         return batch
+
+
+def token_weights(sample: LakeSample, weights: TokenWeights | None) -> npt.NDArray[np.float32]:
+    """How much each response token of a sample counts, float32. Raises `TrainingError` where the lake cannot tell."""
+    weight_T = np.ones(len(sample.response_ids), np.float32)
+    if isinstance(weights, EntropyWeights):
+        weight_T += weights.strength * sample.rows.entropy_T
+    # A question without an image has no advantage from it.
+    if isinstance(weights, VisualAdvantage) and sample.image_sha256:
+        if sample.label_logprob_no_image_T is None:
+            raise TrainingError(
+                f"sample {sample.sample_id}: expected the teacher's logprobs without the image for `visual_advantage`, "
+                "the row holds none; capture with no_image_pass=true"
+            )
+        advantage_T = sample.rows.label_logprob_T - sample.label_logprob_no_image_T
+        weight_T += weights.strength * np.clip(advantage_T, 0, weights.max_advantage)
+    return weight_T
 
 
 @dataclass(frozen=True)

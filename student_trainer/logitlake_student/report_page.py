@@ -194,13 +194,25 @@ def _after_stages(facts: RunFacts) -> list[_Chart]:
 
 # ---- training ----
 
+_DIVERGENCES = {
+    "forward KL": "forward_kl",
+    "reverse KL": "reverse_kl",
+    "JSD": "jsd",
+    "skew KL": "skew_kl",
+    "skew reverse KL": "skew_reverse_kl",
+    "total variation": "tvd",
+    "truncated KL": "truncated_kl",
+    "renormalised KL": "renormalised_kl",
+}
+"""What a distillation stage may have compared by: in words, and in its metrics."""
+
 
 def _training(stages: Sequence[StageFacts]) -> Iterator[_Chart]:
     yield _over_steps(
         "Distillation losses",
         "Logarithmic. init learns from labels, d2d and d2s from the teacher",
         stages,
-        {"forward KL": "kl", "cross-entropy": "ce"},
+        {**_DIVERGENCES, "cross-entropy": "ce"},
         y_label="nats a token",
         log_y=True,
     )

@@ -121,6 +121,7 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     from logitlake_student.models.load import quiet_transformers
     from logitlake_student.models.parts import projector_prefix, text_config
     from logitlake_student.models.upcycle import parameter_report
+    from logitlake_student.objectives import check_targets_fit
     from logitlake_student.stages import freeze_for_stage
     from logitlake_student.trainer import StageTrainer, micro_batches
 
@@ -155,8 +156,11 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         context_length=getattr(text_config(model), "max_position_embeddings", None),
     )
     dataset: Any = samples
-    collate: Any = SampleCollator(inputs, samples.spec.codec)
-    if isinstance(stage, PreferenceStage):
+    collate: Any
+    if not isinstance(stage, PreferenceStage):
+        check_targets_fit(stage, samples.spec)
+        collate = SampleCollator(inputs, samples.spec.codec, stage.temperature, stage.token_weights)
+    else:
         pairs = str(config.data.pairs)
         dataset = PairDataset(config.data.lake, pairs, tasks=stage.tasks, snapshot=run.snapshots[pairs])
         if dataset.spec.tokenizer != samples.spec.tokenizer:

@@ -118,13 +118,12 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [self._prepare_inputs(batch) for batch in batches]
         step = self.model
-        num_items = sum(step.objective.num_items(batch) for batch in batches)
-        known = sum_over_ranks({"items": torch.tensor(float(num_items), dtype=torch.float64, device=device)})
+        counted = sum_over_ranks(add([step.objective.count(batch) for batch in batches]))
         surveyed = None
         if step.needs_survey and len(batches) > 1:
             with torch.no_grad():
                 surveyed = sum_over_ranks(add([self.model_wrapped(batch, None) for batch in batches]))
-        return batches, StepTotals(known["items"], surveyed)
+        return batches, StepTotals(counted, surveyed)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: Any) -> None:
         """Nothing: `get_batch_samples` counts."""
@@ -167,7 +166,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             record["experts"] = self._experts(self._routing)
         self._sums.clear()
         self._routing = None
-        self._shown = {name: f"{record[name]:.3g}" for name in ("loss", "kl", "margin") if name in record}
+        self._shown = {name: f"{record[name]:.3g}" for name in ("loss", "forward_kl", "margin") if name in record}
         if self.is_world_process_zero():
             with (self._stage_dir / METRICS).open("a", encoding="utf-8") as out:
                 out.write(json.dumps(record) + "\n")

@@ -16,7 +16,7 @@ from logitlake_schemas import CodecPolicy, Temperature
 from logitlake_shared.errors import LakeError
 from logitlake_shared.teacher_checks import check_rows
 from logitlake_shared.tempered import log_head_mass
-from logitlake_shared.topk import TeacherRows, concatenate, decode, encode, join, split
+from logitlake_shared.topk import GRID_MAX_STEP, TeacherRows, concatenate, decode, encode, join, split, tail_bound
 
 VOCAB_SIZE = 60
 TEMPERATURES: tuple[Temperature, ...] = (2, 4)
@@ -59,6 +59,31 @@ def test_decoded_rows_are_the_dense_truth(seed: int, scale: float, k_max: int, p
     np.testing.assert_allclose(np.exp(log_tail_T), np.exp(tail_T), atol=EXACT)
     large_T = tail_T > np.log(EXACT)
     np.testing.assert_allclose(log_tail_T[large_T], tail_T[large_T], rtol=1e-4, atol=EXACT)
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    scale=st.sampled_from([1.0, 3.0, 30.0]),
+    p_min=st.sampled_from([0.0, 1e-3, 0.1]),
+    grid=st.sampled_from(["exact", "companded256"]),
+    temperature=st.sampled_from([1, 2, 4]),
+)
+def test_nothing_outside_exceeds_the_bound(seed: int, scale: float, p_min: float, grid: str, temperature: At) -> None:
+    """No id that is not stored has a greater logprob at the temperature, and the bound says something."""
+    logits_TV = _logits(seed, scale)
+    policy = CodecPolicy.model_validate(
+        {"k_max": 12, "k_min": 1, "p_min": p_min, "grid": grid, "temperatures": TEMPERATURES, "max_mean_kl": 1.0}
+    )
+    stored = encode(_captured(logits_TV, 12), policy)
+    truth_TV = _log_softmax(logits_TV / temperature)
+    bound_T = tail_bound(stored, policy, temperature)
+    ends_T = np.cumsum(stored.k_T, dtype=np.int64)
+    for t, (end, k) in enumerate(zip(ends_T, stored.k_T, strict=True)):
+        outside = np.delete(truth_TV[t], stored.topk_ids[end - k : end])
+        assert outside.max() <= bound_T[t]
+    _, logprobs_TK, _ = decode(stored, temperature)
+    # Nor is it far above the most probable entry: three cells of the grid, and what rounding moves all by.
+    assert (bound_T <= logprobs_TK[:, 0] + 3 * GRID_MAX_STEP).all()
 
 
 @given(

@@ -242,38 +242,56 @@ def student_data(student_records: list[dict[str, Any]], tmp_path_factory: pytest
     return folder
 
 
+def captured(config: Any) -> None:
+    """Runs a job of the teacher service in this process; nothing may go wrong in it."""
+    from logitlake_teacher.service import open_cache, prepare, remaining_units, run_units, summarise
+
+    prepared = prepare(config)
+    cache = open_cache(config, prepared)
+    run_units(config, prepared, remaining_units(config, prepared, cache), lambda *_: None)
+    assert not summarise(cache).figures.errors
+
+
 @pytest.fixture(scope="session")
-def student_lake(tiny_teacher: Path, student_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def capture_samples(tiny_teacher: Path, student_data: Path) -> Callable[..., None]:
+    """`capture_samples(lake, cache, codec=..., ...)`: the records of `student_data` into a cache."""
+    from logitlake_teacher.config import CaptureConfig
+
+    def capture(lake: Path, cache: str, **sections: Any) -> None:
+        document: dict[str, Any] = {
+            "teacher": {"model_dir": tiny_teacher},
+            "engine": {"type": "hf"},
+            "lake": {"uri": str(lake), "cache": cache},
+            "data": [{"type": "llava", "path": student_data / "train.json", "image_root": student_data}],
+        }
+        captured(CaptureConfig.model_validate(document | sections))
+
+    return capture
+
+
+@pytest.fixture(scope="session")
+def student_lake(
+    tiny_teacher: Path,
+    student_data: Path,
+    capture_samples: Callable[..., None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A lake filled by the teacher service: cache `main` holds the whole vocabulary of every token, exactly; cache
     `preference` holds pairs; cache `empty` has no snapshot."""
     from logitlake_shared.lake import Lake
     from logitlake_shared.rendering import Renderer
-    from logitlake_teacher.config import CaptureConfig, PairsConfig
-    from logitlake_teacher.service import open_cache, prepare, remaining_units, run_units, summarise
+    from logitlake_teacher.config import PairsConfig
 
     folder = tmp_path_factory.mktemp("lake") / "lake"
-    common: dict[str, Any] = {"teacher": {"model_dir": tiny_teacher}, "engine": {"type": "hf"}}
     codec = {"k_max": Renderer(tiny_teacher).vocab_size, "p_min": 0.0, "grid": "exact"}
-    samples = CaptureConfig.model_validate(
-        common
-        | {
-            "lake": {"uri": str(folder), "cache": "main"},
-            "data": [{"type": "llava", "path": student_data / "train.json", "image_root": student_data}],
-            "codec": codec,
-        }
-    )
-    pairs = PairsConfig.model_validate(
-        common
-        | {
-            "lake": {"uri": str(folder), "cache": "preference"},
-            "data": [{"type": "rlaif_v", "path": student_data / "preference.parquet"}],
-        }
-    )
-    for config in (samples, pairs):
-        prepared = prepare(config)
-        cache = open_cache(config, prepared)
-        run_units(config, prepared, remaining_units(config, prepared, cache), lambda *_: None)
-        assert not summarise(cache).figures.errors
+    capture_samples(folder, "main", codec=codec)
+    pairs = {
+        "teacher": {"model_dir": tiny_teacher},
+        "engine": {"type": "hf"},
+        "lake": {"uri": str(folder), "cache": "preference"},
+        "data": [{"type": "rlaif_v", "path": student_data / "preference.parquet"}],
+    }
+    captured(PairsConfig.model_validate(pairs))
     lake = Lake.open(folder)
     lake.create_cache("empty", lake.cache("main").spec)
     return folder

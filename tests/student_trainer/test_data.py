@@ -138,7 +138,7 @@ def _loss_sum(model: Any, batch: dict[str, Tensor], vocab_size: int) -> float:
     )
     hidden_RH = hidden_response_rows(model, batch)
     loss, _ = distillation_loss(
-        hidden_RH, model.lm_head.weight[:vocab_size], teacher, kl_weight=1.0, ce_weight=1.0, chunk_rows=7
+        hidden_RH, model.lm_head.weight[:vocab_size], teacher, divergence_weight=1.0, ce_weight=1.0, chunk_rows=7
     )
     return float(loss)
 

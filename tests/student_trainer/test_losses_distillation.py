@@ -58,8 +58,10 @@ def rows_of(teacher: TeacherBatch, rows: slice) -> TeacherBatch:
 
 
 def kl_sum(hidden_RH: Tensor, weight_VH: Tensor, teacher: TeacherBatch, chunk_rows: int = 3) -> float:
-    _, sums = distillation_loss(hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=chunk_rows)
-    return float(sums.kl_sum)
+    _, sums = distillation_loss(
+        hidden_RH, weight_VH, teacher, divergence_weight=1.0, ce_weight=0.0, chunk_rows=chunk_rows
+    )
+    return float(sums.divergence_sum)
 
 
 def value_and_grads(loss_fn: Any, hidden_RH: Tensor, weight_VH: Tensor, *args: Any, **kw: Any) -> list[Tensor]:
@@ -81,7 +83,7 @@ def test_zero_and_stationary_where_student_equals_teacher(k: int) -> None:
     hidden_RH, weight_VH = random_head()
     teacher = teacher_from_logits((hidden_RH @ weight_VH.t()).detach(), k)
     value, *grads = value_and_grads(
-        distillation_loss, hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=3
+        distillation_loss, hidden_RH, weight_VH, teacher, divergence_weight=1.0, ce_weight=0.0, chunk_rows=3
     )
     assert float(value) == pytest.approx(0.0, abs=R * FP32_ATOL)
     for grad in grads:
@@ -110,7 +112,7 @@ def test_k_of_the_whole_vocabulary_is_torchs_dense_kl(k: int) -> None:
         hidden_RH,
         weight_VH,
         teacher_from_logits(teacher_logits_RV, k),
-        kl_weight=1.0,
+        divergence_weight=1.0,
         ce_weight=0.0,
         chunk_rows=2,
     )
@@ -127,7 +129,9 @@ def test_k_of_the_whole_vocabulary_is_torchs_dense_kl(k: int) -> None:
 def test_cross_entropy_is_torchs() -> None:
     hidden_RH, weight_VH = random_head()
     teacher = random_teacher(4)
-    fast = value_and_grads(distillation_loss, hidden_RH, weight_VH, teacher, kl_weight=0.0, ce_weight=1.0, chunk_rows=3)
+    fast = value_and_grads(
+        distillation_loss, hidden_RH, weight_VH, teacher, divergence_weight=0.0, ce_weight=1.0, chunk_rows=3
+    )
     ce = F.cross_entropy(hidden_RH @ weight_VH.t(), teacher.label_ids_R, reduction="sum")
     assert_close(fast, [ce.detach(), *torch.autograd.grad(ce, (hidden_RH, weight_VH))], FP32_RTOL, FP32_ATOL * R)
 
@@ -141,13 +145,13 @@ def test_without_teacher_only_cross_entropy_is_left() -> None:
         hidden_RH,
         weight_VH,
         None,
-        kl_weight=1.0,
+        divergence_weight=1.0,
         ce_weight=0.7,
         chunk_rows=3,
         label_ids_R=teacher.label_ids_R,
     )
     with_teacher = value_and_grads(
-        distillation_loss, hidden_RH, weight_VH, teacher, kl_weight=0.0, ce_weight=0.7, chunk_rows=3
+        distillation_loss, hidden_RH, weight_VH, teacher, divergence_weight=0.0, ce_weight=0.7, chunk_rows=3
     )
     assert_close(alone, with_teacher, FP32_RTOL, FP32_ATOL)
 
@@ -165,7 +169,7 @@ def test_padded_slots_change_nothing(padding_id: int) -> None:
         teacher.log_tail_mass_R,
         teacher.label_ids_R,
     )
-    kw = {"kl_weight": 1.0, "ce_weight": 0.5, "chunk_rows": 3}
+    kw = {"divergence_weight": 1.0, "ce_weight": 0.5, "chunk_rows": 3}
     plain = value_and_grads(distillation_loss, hidden_RH, weight_VH, teacher, **kw)
     with_padding = value_and_grads(distillation_loss, hidden_RH, weight_VH, padded, **kw)
     for a, b in zip(plain, with_padding, strict=True):
@@ -176,7 +180,7 @@ def test_two_halves_sum_to_the_whole() -> None:
     """The loss is a sum over rows: micro-batches add up, in value, sums and gradient."""
     hidden_RH, weight_VH = random_head()
     teacher = random_teacher(5)
-    kw = {"kl_weight": 0.8, "ce_weight": 0.3, "chunk_rows": 2}
+    kw = {"divergence_weight": 0.8, "ce_weight": 0.3, "chunk_rows": 2}
     whole = value_and_grads(distillation_loss, hidden_RH, weight_VH, teacher, **kw)
     parts = [
         distillation_loss(hidden_RH[rows], weight_VH, rows_of(teacher, rows), **kw)
@@ -192,20 +196,22 @@ def test_two_halves_sum_to_the_whole() -> None:
 def test_chunking_changes_nothing(chunk_rows: int) -> None:
     hidden_RH, weight_VH = random_head()
     teacher = random_teacher(5)
-    kw = {"kl_weight": 0.8, "ce_weight": 0.3}
+    kw = {"divergence_weight": 0.8, "ce_weight": 0.3}
     one = value_and_grads(distillation_loss, hidden_RH, weight_VH, teacher, chunk_rows=3, **kw)
     other = value_and_grads(distillation_loss, hidden_RH, weight_VH, teacher, chunk_rows=chunk_rows, **kw)
     assert_close(one, other, FP32_RTOL, FP32_ATOL)
 
 
-@pytest.mark.parametrize(("kl_weight", "ce_weight"), [(1.0, 0.0), (0.0, 1.0), (0.9, 0.4)])
+@pytest.mark.parametrize(("divergence_weight", "ce_weight"), [(1.0, 0.0), (0.0, 1.0), (0.9, 0.4)])
 @pytest.mark.parametrize("k", [1, 6, V])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
-def test_equals_its_twin_in_value_and_gradient(kl_weight: float, ce_weight: float, k: int, scale: float) -> None:
+def test_equals_its_twin_in_value_and_gradient(
+    divergence_weight: float, ce_weight: float, k: int, scale: float
+) -> None:
     """Flat, ordinary and saturated students against full float64 logits under plain autograd."""
     hidden_RH, weight_VH = random_head(scale=scale)
     teacher = random_teacher(k)
-    kw = {"kl_weight": kl_weight, "ce_weight": ce_weight}
+    kw = {"divergence_weight": divergence_weight, "ce_weight": ce_weight}
     fast = value_and_grads(distillation_loss, hidden_RH, weight_VH, teacher, chunk_rows=3, **kw)
     slow = value_and_grads(distillation_loss_reference, hidden_RH, weight_VH, teacher, **kw)
     assert_close(fast, slow, FP32_RTOL, FP32_ATOL * R * max(1.0, scale))
@@ -217,7 +223,7 @@ def test_gradcheck_in_float64() -> None:
     teacher = random_teacher(4)
 
     def scaled(hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
-        loss, _ = distillation_loss(hidden_RH, weight_VH, teacher, kl_weight=0.7, ce_weight=0.3, chunk_rows=3)
+        loss, _ = distillation_loss(hidden_RH, weight_VH, teacher, divergence_weight=0.7, ce_weight=0.3, chunk_rows=3)
         return -2.5 * loss
 
     assert torch.autograd.gradcheck(scaled, (hidden_RH, weight_VH))
@@ -235,9 +241,9 @@ def test_worked_example() -> None:
     teacher = TeacherBatch(
         torch.tensor([[0]]), torch.log(torch.tensor([[0.5]])), torch.log(torch.tensor([0.5])), torch.tensor([2])
     )
-    loss, sums = distillation_loss(logits_1V, torch.eye(3), teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=8)
+    loss, sums = distillation_loss(logits_1V, torch.eye(3), teacher, divergence_weight=1.0, ce_weight=0.0, chunk_rows=8)
     (grad,) = torch.autograd.grad(loss, logits_1V)
-    assert float(sums.kl_sum) == pytest.approx(0.5 * math.log(4 / 3), abs=FP32_ATOL)
+    assert float(sums.divergence_sum) == pytest.approx(0.5 * math.log(4 / 3), abs=FP32_ATOL)
     assert float(sums.ce_sum) == pytest.approx(math.log(2), abs=FP32_ATOL)
     assert float(sums.num_tokens) == 1.0
     torch.testing.assert_close(grad, torch.tensor([[-1 / 4, 1 / 12, 1 / 6]]), rtol=0, atol=FP32_ATOL)
@@ -255,7 +261,7 @@ def test_saturated_rows_keep_finite_values_and_gradients(sign: float) -> None:
         torch.tensor([-math.inf, math.log(0.2)]),
         torch.tensor([0, 5]),
     )
-    kw = {"kl_weight": 1.0, "ce_weight": 1.0}
+    kw = {"divergence_weight": 1.0, "ce_weight": 1.0}
     fast = value_and_grads(distillation_loss, hidden_RH, torch.eye(V), teacher, chunk_rows=1, **kw)
     slow = value_and_grads(distillation_loss_reference, hidden_RH, torch.eye(V), teacher, **kw)
     assert all(torch.isfinite(t).all() for t in fast)
@@ -266,7 +272,7 @@ def test_bfloat16_inputs_are_computed_in_float32() -> None:
     """bf16 states and weights: the loss is exact for those inputs, the gradient rounds once, to bf16."""
     hidden_RH, weight_VH = random_head(dtype=torch.bfloat16)
     teacher = random_teacher(6)
-    kw = {"kl_weight": 1.0, "ce_weight": 0.5}
+    kw = {"divergence_weight": 1.0, "ce_weight": 0.5}
     fast = value_and_grads(distillation_loss, hidden_RH, weight_VH, teacher, chunk_rows=3, **kw)
     slow = value_and_grads(distillation_loss_reference, hidden_RH, weight_VH, teacher, **kw)
     assert fast[0].dtype == torch.float32
@@ -279,7 +285,7 @@ def test_frozen_head_gets_no_gradient_and_no_buffer() -> None:
     """A weight that does not train: same gradient for the hidden states, none for the weight."""
     hidden_RH, weight_VH = random_head()
     teacher = random_teacher(5)
-    kw = {"kl_weight": 1.0, "ce_weight": 0.5, "chunk_rows": 3}
+    kw = {"divergence_weight": 1.0, "ce_weight": 0.5, "chunk_rows": 3}
     both = value_and_grads(distillation_loss, hidden_RH, weight_VH, teacher, **kw)
     frozen = value_and_grads(distillation_loss, hidden_RH, weight_VH.detach(), teacher, **kw)
     assert len(frozen) == 2
@@ -293,7 +299,9 @@ def test_tied_embeddings_get_both_gradients() -> None:
     teacher = random_teacher(5)
     grads = []
     for loss_fn, extra in ((distillation_loss, {"chunk_rows": 3}), (distillation_loss_reference, {})):
-        loss, _ = loss_fn(F.embedding(ids_R, weight_VH), weight_VH, teacher, kl_weight=1.0, ce_weight=0.5, **extra)
+        loss, _ = loss_fn(
+            F.embedding(ids_R, weight_VH), weight_VH, teacher, divergence_weight=1.0, ce_weight=0.5, **extra
+        )
         grads.extend(torch.autograd.grad(loss, weight_VH))
     torch.testing.assert_close(grads[0].double(), grads[1].double(), rtol=FP32_RTOL, atol=FP32_ATOL * R)
 
@@ -302,7 +310,7 @@ def test_no_gradients_are_made_under_no_grad() -> None:
     """Evaluation reports the same sums and keeps nothing for backward."""
     hidden_RH, weight_VH = random_head()
     teacher = random_teacher(5)
-    kw = {"kl_weight": 1.0, "ce_weight": 0.5, "chunk_rows": 3}
+    kw = {"divergence_weight": 1.0, "ce_weight": 0.5, "chunk_rows": 3}
     trained, sums = distillation_loss(hidden_RH, weight_VH, teacher, **kw)
     with torch.no_grad():
         evaluated, eval_sums = distillation_loss(hidden_RH, weight_VH, teacher, **kw)
@@ -316,7 +324,9 @@ def test_no_rows_is_zero() -> None:
     """A micro-batch without response tokens adds nothing, and its gradient is zero rather than missing."""
     hidden_RH, weight_VH = random_head()
     teacher = rows_of(random_teacher(5), slice(0, 0))
-    loss, sums = distillation_loss(hidden_RH[:0], weight_VH, teacher, kl_weight=1.0, ce_weight=1.0, chunk_rows=3)
+    loss, sums = distillation_loss(
+        hidden_RH[:0], weight_VH, teacher, divergence_weight=1.0, ce_weight=1.0, chunk_rows=3
+    )
     grads = torch.autograd.grad(loss, (hidden_RH, weight_VH))
     assert float(loss.detach()) == float(sums.num_tokens) == 0.0
     assert not any(grad.any() for grad in grads)
@@ -347,7 +357,9 @@ def test_only_a_chunk_of_logits_lives() -> None:
         torch.zeros(num_rows, dtype=torch.long),
     )
     with Largest():
-        loss, _ = distillation_loss(hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=1.0, chunk_rows=chunk_rows)
+        loss, _ = distillation_loss(
+            hidden_RH, weight_VH, teacher, divergence_weight=1.0, ce_weight=1.0, chunk_rows=chunk_rows
+        )
         loss.backward()
     assert largest == chunk_rows * vocab_size
 
@@ -362,7 +374,7 @@ def bounded(teacher: TeacherBatch, slack: float = 0.0) -> TeacherBatch:
 def test_the_bounded_tail_equals_its_twin(k: int, slack: float, scale: float) -> None:
     """Rounds of capping against bisection in float64: value and gradients, for tame and for wild students."""
     hidden_RH, weight_VH = random_head(scale=scale)
-    kw = {"kl_weight": 0.7, "ce_weight": 0.3}
+    kw = {"divergence_weight": 0.7, "ce_weight": 0.3}
     teacher = bounded(random_teacher(k), slack)
     fast = value_and_grads(distillation_loss, hidden_RH, weight_VH, teacher, chunk_rows=3, **kw)
     slow = value_and_grads(distillation_loss_reference, hidden_RH, weight_VH, teacher, **kw)
@@ -388,7 +400,7 @@ def test_the_bounded_tail_is_stationary_at_the_teacher(k: int) -> None:
     hidden_RH, weight_VH = random_head()
     teacher = bounded(teacher_from_logits((hidden_RH @ weight_VH.t()).detach(), k))
     value, *grads = value_and_grads(
-        distillation_loss, hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=3
+        distillation_loss, hidden_RH, weight_VH, teacher, divergence_weight=1.0, ce_weight=0.0, chunk_rows=3
     )
     assert float(value) == pytest.approx(0.0, abs=R * FP32_ATOL)
     for grad in grads:
@@ -399,7 +411,7 @@ def test_a_bound_of_one_is_the_bucket() -> None:
     """A bound that bounds nothing changes no bit."""
     hidden_RH, weight_VH = random_head()
     teacher = random_teacher(4)
-    kw = {"kl_weight": 1.0, "ce_weight": 0.0, "chunk_rows": 3}
+    kw = {"divergence_weight": 1.0, "ce_weight": 0.0, "chunk_rows": 3}
     loose = replace(teacher, log_bound_R=torch.zeros(R))
     for a, b in zip(
         value_and_grads(distillation_loss, hidden_RH, weight_VH, loose, **kw),
@@ -424,9 +436,9 @@ def test_a_bound_by_hand() -> None:
     )
     hidden_RH = torch.ones(1, 1, requires_grad=True)
     _, sums = distillation_loss(
-        hidden_RH, torch.log(q_V).t().contiguous(), teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=1
+        hidden_RH, torch.log(q_V).t().contiguous(), teacher, divergence_weight=1.0, ce_weight=0.0, chunk_rows=1
     )
-    assert float(sums.kl_sum) == pytest.approx(0.00837, abs=1e-5)
+    assert float(sums.divergence_sum) == pytest.approx(0.00837, abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -444,7 +456,7 @@ def test_a_student_whose_tail_is_one_token_stays_finite(dtype: torch.dtype) -> N
         torch.tensor([math.log(0.02)]),
     )
     value, grad_hidden, grad_weight = value_and_grads(
-        distillation_loss, hidden_RH, weight_VH, teacher, kl_weight=1.0, ce_weight=0.0, chunk_rows=1
+        distillation_loss, hidden_RH, weight_VH, teacher, divergence_weight=1.0, ce_weight=0.0, chunk_rows=1
     )
     for tensor in (value, grad_hidden, grad_weight):
         assert torch.isfinite(tensor).all()
@@ -453,7 +465,7 @@ def test_a_student_whose_tail_is_one_token_stays_finite(dtype: torch.dtype) -> N
 
 def test_contradictory_input_is_refused() -> None:
     hidden_RH, weight_VH = random_head()
-    kw: dict[str, Any] = {"kl_weight": 1.0, "ce_weight": 1.0, "chunk_rows": 3}
+    kw: dict[str, Any] = {"divergence_weight": 1.0, "ce_weight": 1.0, "chunk_rows": 3}
     teacher = random_teacher(4)
     with pytest.raises(DataError, match="labels come with the teacher"):
         distillation_loss(hidden_RH, weight_VH, None, **kw)

@@ -106,7 +106,7 @@ def _write_stage(folder: Path, stage: str, fingerprint: str) -> None:
     if stage in ("d2s", "preference"):
         figures |= {"params_total": 3000, "params_active": 2000}
     _write(folder / "done.json", {"identity": {"lake": {"samples": fingerprint, "snapshot": 1}}, "figures": figures})
-    lines = [{"step": step, "kl": 1 / step, "ce": 0.5, "loss": 1.0} for step in (10, 20)]
+    lines = [{"step": step, "forward_kl": 1 / step, "ce": 0.5, "loss": 1.0} for step in (10, 20)]
     if stage in ("d2s", "preference"):
         experts = [{"load": [0.25, 0.75], "entropy": 0.5, "dead": 0}]
         lines = [line | {"balance": 1.1, "experts": experts, "margin": 0.1, "preferred": 0.6} for line in lines]

@@ -68,16 +68,16 @@ def test_a_logged_line_is_the_mean_of_its_steps(student_world: Any, metrics_of: 
     steps, lines = metrics_of(each), metrics_of(pairs)
     assert [record["step"] for record in lines] == [2, 4]
     for line, (first, second) in zip(lines, [steps[:2], steps[2:]], strict=True):
-        for name in ("loss", "kl", "ce"):
+        for name in ("loss", "forward_kl", "ce"):
             assert line[name] == pytest.approx((first[name] + second[name]) / 2, abs=SUM_TOLERANCE)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(student_world: Any, metrics_of: Metrics) -> None:
     """KL, cross-entropy and balance under their weights, and the experts' loads beside them."""
-    weights = {"kl_weight": 0.7, "ce_weight": 0.3, "balance_weight": 0.05}
+    weights = {"divergence_weight": 0.7, "ce_weight": 0.3, "balance_weight": 0.05}
     folder = student_world.train(student_world.train_config(D2S | weights))
     for record in metrics_of(folder):
-        expected = 0.7 * record["kl"] + 0.3 * record["ce"] + 0.05 * record["balance"]
+        expected = 0.7 * record["forward_kl"] + 0.3 * record["ce"] + 0.05 * record["balance"]
         assert record["loss"] == pytest.approx(expected, abs=SUM_TOLERANCE)
         assert record["balance"] >= 2 - SUM_TOLERANCE  # num_experts_per_tok where the load is even
         assert len(record["experts"]) == 1  # every other one of two layers
@@ -91,7 +91,7 @@ def test_upcycling_does_not_change_the_loss(student_world: Any, metrics_of: Metr
     """The first batch of the dense stage and of the sparse one, from the same checkpoint, cost the same KL."""
     dense = student_world.train(student_world.train_config(D2D | {"steps": 2}))
     sparse = student_world.train(student_world.train_config(D2S | {"steps": 2}))
-    assert metrics_of(sparse)[0]["kl"] == pytest.approx(metrics_of(dense)[0]["kl"], abs=SUM_TOLERANCE)
+    assert metrics_of(sparse)[0]["forward_kl"] == pytest.approx(metrics_of(dense)[0]["forward_kl"], abs=SUM_TOLERANCE)
 
 
 def test_a_sparse_checkpoint_can_be_trained_as_if_dense(student_world: Any, metrics_of: Metrics) -> None:

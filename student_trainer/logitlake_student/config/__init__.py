@@ -4,7 +4,7 @@ A stage's defaults stand on its fields and are the preset `improved`. `preset = 
 reference code of arXiv 2408.15881 does instead (`presets.FAITHFUL`, the one table of differences); a field that the
 file sets wins over either.
 
-    train       rows, student, stages (`stages`, `student`, `presets`)
+    train       rows, student, stages (`stages`, `targets`, `student`, `presets`)
     evaluation  checkpoints on held-out data
     release     export and report
 """

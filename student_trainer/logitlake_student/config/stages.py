@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from logitlake_shared.config import StrictModel
+from logitlake_student.config.targets import DivergenceConfig, ForwardKl, TokenWeights
 
 __all__ = ["STAGE_ORDER", "D2DStage", "D2SStage", "InitStage", "PreferenceStage", "StageConfig"]
 
@@ -51,9 +52,13 @@ class _Stage(StrictModel):
 
 
 class _DistillationStage(_Stage):
-    tail: Literal["bounded", "bucket"] = "bounded"
-    """what the KL makes of the mass outside the cached entries: `bucket` compares it as one class, `bounded` also
-    uses that no token in it is more probable than the least cached one or the codec's floor"""
+    divergence: DivergenceConfig = ForwardKl()
+    """by what student and teacher are compared; `truncated_kl` and `renormalised_kl` are biased"""
+    temperature: Literal[1, 2, 4] = 1
+    """of both distributions in the divergence, which then counts temperature² times; the lake must hold the tail's mass
+    at it (`codec.temperatures` of the capture)"""
+    token_weights: TokenWeights | None = None
+    """which tokens count more in the divergence, whose mean is over the weights of the global batch; default: none"""
 
 
 class InitStage(_DistillationStage):
@@ -61,8 +66,8 @@ class InitStage(_DistillationStage):
 
     type: Literal["init"]
     """which stage this is"""
-    kl_weight: float = Field(default=0.0, ge=0)
-    """weight of forward_kl = KL(teacher‖student), per token"""
+    divergence_weight: float = Field(default=0.0, ge=0)
+    """weight of the divergence, per token"""
     ce_weight: float = Field(default=1.0, ge=0)
     """weight of the cross-entropy on the labels, per token"""
 
@@ -72,8 +77,8 @@ class D2DStage(_DistillationStage):
 
     type: Literal["d2d"]
     """which stage this is"""
-    kl_weight: float = Field(default=1.0, ge=0)
-    """weight of forward_kl = KL(teacher‖student), per token"""
+    divergence_weight: float = Field(default=1.0, ge=0)
+    """weight of the divergence, per token"""
     ce_weight: float = Field(default=0.0, ge=0)
     """weight of the cross-entropy on the labels, per token"""
 
@@ -83,8 +88,8 @@ class D2SStage(_DistillationStage):
 
     type: Literal["d2s"]
     """which stage this is"""
-    kl_weight: float = Field(default=1.0, ge=0)
-    """weight of forward_kl = KL(teacher‖student), per token"""
+    divergence_weight: float = Field(default=1.0, ge=0)
+    """weight of the divergence, per token"""
     ce_weight: float = Field(default=0.0, ge=0)
     """weight of the cross-entropy on the labels, per token"""
     num_experts: int = Field(default=4, ge=2)

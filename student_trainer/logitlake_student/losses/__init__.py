@@ -1,6 +1,7 @@
 """What the student is trained on: distillation from the cached top-k, preference, expert balance.
 
-Fast paths are in `distillation`, `preference` and `balance`; their slow twins in `reference`.
+Fast paths are in `distillation` (on the terms of `divergences`), `preference` and `balance`; their slow twins in
+`reference`.
 """
 
 from logitlake_student.losses.balance import (

@@ -17,6 +17,7 @@ from logitlake_student.losses.distillation import LossSums, TeacherBatch
 __all__ = [
     "bounded_tail",
     "distillation_loss_reference",
+    "divergence_reference",
     "full_kl",
     "preference_loss_reference",
     "sequence_logprobs_reference",
@@ -35,42 +36,79 @@ def distillation_loss_reference(
     lm_head_weight_VH: Tensor,
     teacher: TeacherBatch | None,
     *,
-    kl_weight: float,
+    divergence: str = "forward_kl",
+    parameter: float = 0.5,
+    divergence_weight: float,
     ce_weight: float,
+    temperature: float = 1.0,
     label_ids_R: Tensor | None = None,
 ) -> tuple[Tensor, LossSums]:
-    """Twin of `losses.distillation.distillation_loss`; it has no chunks."""
+    """Twin of `losses.distillation.distillation_loss`; it has no chunks, and a divergence goes by its name."""
     labels_R = teacher.label_ids_R if teacher is not None else label_ids_R
     assert labels_R is not None
     logits_RV = hidden_RH.double() @ lm_head_weight_VH.double().t()
-    kl_sum = logits_RV.new_zeros(())
+    divergence_sum = logits_RV.new_zeros(())
     ce_sum = logits_RV.new_zeros(())
     for row, logits_V in enumerate(logits_RV):
-        log_q_V = torch.log_softmax(logits_V, dim=-1)
-        ce_sum = ce_sum - log_q_V[labels_R[row]]
+        ce_sum = ce_sum - torch.log_softmax(logits_V, dim=-1)[labels_R[row]]
         if teacher is not None:
-            kl_sum = kl_sum + _coarsened_kl(log_q_V, teacher, row)
-    loss = kl_weight * kl_sum + ce_weight * ce_sum
+            weight = 1.0 if teacher.weight_R is None else float(teacher.weight_R[row])
+            log_q_V = torch.log_softmax(logits_V / temperature, dim=-1)
+            value = _coarsened(log_q_V, teacher, row, divergence, parameter)
+            divergence_sum = divergence_sum + weight * temperature**2 * value
+    loss = divergence_weight * divergence_sum + ce_weight * ce_sum
     num_tokens = torch.tensor(float(len(labels_R)))
-    return loss, LossSums(kl_sum.detach().float(), ce_sum.detach().float(), num_tokens)
+    return loss, LossSums(divergence_sum.detach().float(), ce_sum.detach().float(), num_tokens)
 
 
-def _coarsened_kl(log_q_V: Tensor, teacher: TeacherBatch, row: int) -> Tensor:
-    """KL between teacher and student over the K cached tokens of a row, and what is known of all others."""
+def _coarsened(log_q_V: Tensor, teacher: TeacherBatch, row: int, divergence: str, parameter: float) -> Tensor:
+    """Divergence of teacher and student over the K cached tokens of a row, and what is known of all others."""
     cached_K = torch.isfinite(teacher.topk_logprobs_RK[row])
     ids_K = teacher.topk_ids_RK[row][cached_K]
     log_p_K = teacher.topk_logprobs_RK[row][cached_K].double()
-    kl = (log_p_K.exp() * (log_p_K - log_q_V[ids_K])).sum()
     log_r = teacher.log_tail_mass_R[row].double()
-    if torch.isfinite(log_r):
-        in_tail_V = torch.ones_like(log_q_V, dtype=torch.bool)
-        in_tail_V[ids_K] = False
-        log_q_tail = log_q_V[in_tail_V]
-        if teacher.log_bound_R is None:
-            return kl + log_r.exp() * (log_r - torch.logsumexp(log_q_tail, dim=-1))
+    in_tail_V = torch.ones_like(log_q_V, dtype=torch.bool)
+    in_tail_V[ids_K] = False
+    log_q_K, log_q_tail = log_q_V[ids_K], log_q_V[in_tail_V]
+    if teacher.log_bound_R is not None:
+        assert divergence == "forward_kl", divergence
         target = bounded_tail(log_q_tail.detach(), float(log_r.exp()), float(teacher.log_bound_R[row].double().exp()))
-        kl = kl + (target * (target.clamp_min(1e-300).log() - log_q_tail)).sum()
-    return kl
+        in_tail = (target * (target.clamp_min(1e-300).log() - log_q_tail)).sum()
+        return divergence_reference("forward_kl", log_p_K, log_q_K) + in_tail
+    if divergence == "truncated_kl":
+        return divergence_reference("forward_kl", log_p_K, log_q_K)
+    if divergence == "renormalised_kl":
+        return divergence_reference("forward_kl", log_p_K.log_softmax(dim=0), log_q_K.log_softmax(dim=0))
+    if len(log_q_tail):
+        log_p_K = torch.cat([log_p_K, log_r[None]])
+        log_q_K = torch.cat([log_q_K, torch.logsumexp(log_q_tail, dim=-1)[None]])
+    return divergence_reference(divergence, log_p_K, log_q_K, parameter)
+
+
+def divergence_reference(divergence: str, log_p_J: Tensor, log_q_J: Tensor, parameter: float = 0.5) -> Tensor:
+    """The divergences of `losses.divergences` by their names, one class after the other; log p may be -inf."""
+
+    def kl(log_a_J: Sequence[Tensor], log_b_J: Sequence[Tensor]) -> Tensor:
+        terms = [a.exp() * (a - b) for a, b in zip(log_a_J, log_b_J, strict=True) if a > -math.inf]
+        return torch.stack(terms).sum()
+
+    def mixture(log_a_J: Sequence[Tensor], log_b_J: Sequence[Tensor]) -> list[Tensor]:
+        share = torch.tensor(parameter, dtype=torch.float64)
+        return [torch.logaddexp(a + share.log(), b + (1 - share).log()) for a, b in zip(log_a_J, log_b_J, strict=True)]
+
+    p, q = list(log_p_J), list(log_q_J)
+    if divergence == "forward_kl":
+        return kl(p, q)
+    if divergence == "reverse_kl":
+        return kl(q, [log_p.clamp_min(-24 * math.log(2)) for log_p in p])
+    if divergence == "jsd":
+        return parameter * kl(p, mixture(p, q)) + (1 - parameter) * kl(q, mixture(p, q))
+    if divergence == "skew_kl":
+        return kl(p, mixture(p, q))
+    if divergence == "skew_reverse_kl":
+        return kl(q, mixture(q, p))
+    assert divergence == "tvd", divergence
+    return (log_p_J.exp() - log_q_J.exp()).abs().sum() / 2
 
 
 def bounded_tail(log_q_tail: Tensor, mass: float, bound: float) -> Tensor:

@@ -15,7 +15,7 @@ from logitlake_student.losses.preference import (
     sequence_logprobs,
 )
 from logitlake_student.models.forward import hidden_response_rows
-from logitlake_student.objectives.sums import Complete, Sums
+from logitlake_student.objectives.sums import StepTotals, Sums, count
 
 __all__ = ["PreferenceObjective"]
 
@@ -31,23 +31,23 @@ class PreferenceObjective:
         self._stage, self._vocab_size, self._reference = stage, vocab_size, reference
         self.needs_survey = stage.loss == "kto_pair"
 
-    def num_items(self, batch: Batch) -> int:
+    def count(self, batch: Batch) -> Sums:
         """Pairs of the batch."""
-        return len(batch["reference_logp_B"]) // 2
+        return {"items": count(len(batch["reference_logp_B"]) // 2, batch["reference_logp_B"])}
 
     def survey(self, student: Any, batch: Batch) -> Sums:
         """See `Objective.survey`: sums of the log-ratios, whose mean over all pairs is the baseline of `kto_pair`."""
         (chosen_P, rejected_P), (reference_chosen_P, reference_rejected_P), _ = self._logprobs(student, batch)
         return _log_ratio_sums(chosen_P - reference_chosen_P, rejected_P - reference_rejected_P)
 
-    def __call__(self, student: Any, batch: Batch, complete: Complete) -> tuple[Tensor, Sums]:
+    def __call__(self, student: Any, batch: Batch, totals: StepTotals) -> tuple[Tensor, Sums]:
         """See `Objective`."""
         stage = self._stage
         (chosen_P, rejected_P), (reference_chosen_P, reference_rejected_P), nll_P = self._logprobs(student, batch)
         baseline = None
         if self.needs_survey:
             own = _log_ratio_sums(chosen_P - reference_chosen_P, rejected_P - reference_rejected_P)
-            baseline = _baseline(complete(own))
+            baseline = _baseline(totals.complete(own))
         losses = preference_loss(
             chosen_P,
             rejected_P,

@@ -18,9 +18,9 @@ from logitlake_student.data import Batch
 from logitlake_student.losses.balance import ExpertCounts
 from logitlake_student.models.routing import RouterRecorder
 from logitlake_student.objectives.routing import RoutingObjective, RoutingSums
-from logitlake_student.objectives.sums import Complete, Sums, sum_over_ranks
+from logitlake_student.objectives.sums import StepTotals, Sums
 
-__all__ = ["Objective", "StepResult", "StepTotals", "StudentStep"]
+__all__ = ["Objective", "StepResult", "StudentStep"]
 
 
 class Objective(Protocol):
@@ -29,28 +29,15 @@ class Objective(Protocol):
     needs_survey: bool
     """whether it compares with sums over the global batch"""
 
-    def num_items(self, batch: Batch) -> int:
-        """What the loss of a step is divided by, summed over micro-batches and ranks."""
+    def count(self, batch: Batch) -> Sums:
+        """`items`: what the loss of a step is divided by, summed over micro-batches and ranks; and what else the
+        objective wants to know the sum of before the first forward pass. All 0-d."""
 
     def survey(self, student: Any, batch: Batch) -> Sums:
         """The micro-batch's part of the sums that it compares with."""
 
-    def __call__(self, student: Any, batch: Batch, complete: Complete) -> tuple[Tensor, Sums]:
+    def __call__(self, student: Any, batch: Batch, totals: StepTotals) -> tuple[Tensor, Sums]:
         """The loss and, detached, what is logged: sums over the items of the micro-batch."""
-
-
-@dataclass(frozen=True)
-class StepTotals:
-    """What is known of a step, all micro-batches and ranks, before its first forward pass."""
-
-    num_items: Tensor
-    """0-d"""
-    surveyed: Sums | None = None
-    """None: this micro-batch is all that the rank has"""
-
-    def complete(self, own: Sums) -> Sums:
-        """See `Complete`."""
-        return sum_over_ranks(own) if self.surveyed is None else {name: self.surveyed[name] for name in own}
 
 
 @dataclass(frozen=True)
@@ -87,7 +74,7 @@ class StudentStep(nn.Module):
             if totals is None:
                 surveyed = self.objective.survey(self.student, batch)
             else:
-                loss_sum, sums = self.objective(self.student, batch, totals.complete)
+                loss_sum, sums = self.objective(self.student, batch, totals)
         mask_N = batch["attention_mask_BS"].flatten().bool()
         logits = recorder.logits() if recorder is not None else []
         if totals is None:

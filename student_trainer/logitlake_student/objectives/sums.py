@@ -1,16 +1,39 @@
 """Sums over tokens or pairs, added up over micro-batches and ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Complete", "Sums", "add", "sum_over_ranks"]
+__all__ = ["StepTotals", "Sums", "add", "count", "sum_over_ranks"]
 
 Sums = dict[str, Tensor]
-Complete = Callable[[Sums], Sums]
-"""from a micro-batch's sums to those of the global batch"""
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What is known of a step, all micro-batches and ranks, before its first forward pass."""
+
+    counted: Sums
+    """what `Objective.count` says of it, 0-d"""
+    surveyed: Sums | None = None
+    """None: this micro-batch is all that the rank has"""
+
+    @property
+    def num_items(self) -> Tensor:
+        """What the loss of the step is divided by, 0-d."""
+        return self.counted["items"]
+
+    def complete(self, own: Sums) -> Sums:
+        """From a micro-batch's sums to those of the global batch."""
+        return sum_over_ranks(own) if self.surveyed is None else {name: self.surveyed[name] for name in own}
+
+
+def count(number: int, like: Tensor) -> Tensor:
+    """A number as a summand, where `like` is: 0-d float64."""
+    return torch.tensor(float(number), dtype=torch.float64, device=like.device)
 
 
 def sum_over_ranks(sums: Sums) -> Sums:
