@@ -11,8 +11,7 @@ from collections.abc import Callable
 
 import click
 
-from benchmarks.capture_samples import in_own_process
-from benchmarks.harness import Figure, publish
+from benchmarks.harness import Figure, in_own_process, publish
 
 __all__ = ["PARTS"]
 

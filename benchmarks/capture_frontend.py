@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.capture_samples import interleaved, median, smollm2
-from benchmarks.harness import Figure
+from benchmarks.capture_samples import smollm2
+from benchmarks.harness import Figure, interleaved, median
 from logitlake_shared.teacher_checks import check_rows
 from logitlake_teacher.engines.vllm.rows import PackedLayout, rows_of_flat, rows_of_packed
 

@@ -5,21 +5,12 @@ states, as fast as it gets on this machine. Memory is that of a process of its o
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.capture_samples import (
-    RESPONSE_SHARE,
-    in_own_process,
-    interleaved,
-    median,
-    setup_of,
-    smollm2,
-    text_requests,
-)
-from benchmarks.harness import Figure
+from benchmarks.capture_samples import RESPONSE_SHARE, setup_of, smollm2, text_requests
+from benchmarks.harness import Figure, in_own_process, interleaved, median, peak_mib
 from logitlake_teacher.config import HfEngineConfig
 from logitlake_teacher.engines import ScoreRequest, build_engine
 from logitlake_teacher.engines.hf.rows import rows_at_once, top_rows
@@ -97,14 +88,4 @@ def _peak_mib(rows: Callable[[torch.Tensor, torch.Tensor, np.ndarray], None]) ->
     with torch.inference_mode():
         # What the libraries keep for themselves is not the rows'.
         top_rows(hidden_RH[:1] @ weight_VH.T, labels_R[:1], K)
-        # Linux: from here on the high-water mark is that of the rows.
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_mib("VmRSS")
-        rows(hidden_RH, weight_VH, labels_R)
-    return _status_mib("VmHWM") - before
-
-
-def _status_mib(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kib,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
-    return int(kib) / 1024
+        return peak_mib(lambda: rows(hidden_RH, weight_VH, labels_R))

@@ -1,7 +1,6 @@
 """What Ray costs two actors on two cores, as figures: `benchmarks.ray_overhead` measures it."""
 
-from benchmarks.capture_samples import median
-from benchmarks.harness import Figure
+from benchmarks.harness import Figure, median
 from benchmarks.ray_overhead import throughput_ratio
 
 __all__ = ["overhead_figures"]

@@ -1,12 +1,6 @@
-"""Samples and timing that the parts of `python -m benchmarks.capture` share."""
+"""Models and samples that the parts of `python -m benchmarks.capture` share."""
 
-import multiprocessing
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 from examples.smollm2.checkpoints import find_gguf, save_teacher
@@ -19,17 +13,12 @@ from logitlake_teacher.engines import EngineSetup, ScoreRequest
 
 __all__ = [
     "RESPONSE_SHARE",
-    "in_own_process",
-    "interleaved",
-    "median",
     "setup_of",
     "smollm2",
     "text_requests",
     "vlm",
     "vlm_requests",
 ]
-
-Result = TypeVar("Result")
 
 RESPONSE_SHARE = 0.3
 """of a sample's tokens: what the figures are promised for"""
@@ -101,26 +90,3 @@ def _request(
         np.array([response], np.int32),
         images,
     )
-
-
-def interleaved(passes: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each pass in each round; they take turns, and one round more comes first and does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
-    for number in range(rounds + 1):
-        for name, run in passes.items():
-            start = time.perf_counter()
-            run()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def median(seconds: list[float]) -> float:
-    """The middle of a pass's rounds."""
-    return statistics.median(seconds)
-
-
-def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """The function's result; its process ends with it, and with that whatever libraries it started."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()

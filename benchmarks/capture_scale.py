@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-from benchmarks.capture_samples import in_own_process, median, vlm
-from benchmarks.harness import Figure
+from benchmarks.capture_samples import vlm
+from benchmarks.harness import Figure, in_own_process, median
 from logitlake_schemas import CaptureSpec, CodecPolicy, DatasetIdentity
 from logitlake_shared.lake import Lake
 from logitlake_shared.rendering import Renderer

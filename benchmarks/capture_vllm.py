@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.capture_samples import interleaved, median, setup_of, smollm2, text_requests, vlm, vlm_requests
-from benchmarks.harness import Figure
+from benchmarks.capture_samples import setup_of, smollm2, text_requests, vlm, vlm_requests
+from benchmarks.harness import Figure, interleaved, median
 from logitlake_teacher.config import VllmEngineConfig
 from logitlake_teacher.engines import EngineSetup, ScoredSample, ScoreRequest
 from logitlake_teacher.engines.vllm.engine import VllmEngine

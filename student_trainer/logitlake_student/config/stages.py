@@ -39,7 +39,7 @@ class _Stage(StrictModel):
     """steps between two lines of metrics"""
     save_every: int = Field(default=100, gt=0)
     """steps between two checkpoints; a multiple of `log_every`, so that a resumed run repeats whole lines"""
-    chunk_rows: int = Field(default=1024, gt=0)
+    chunk_rows: int = Field(default=256, gt=0)
     """response rows whose logits are alive at one time; memory, not meaning"""
 
     @model_validator(mode="after")

@@ -204,16 +204,16 @@ class _DistillationLoss(torch.autograd.Function):
         ce_sum = torch.zeros_like(divergence_sum)
         wants_gradient = grad_hidden or grad_weight
         for rows in head.chunks():
-            logits_CV = head.logits(rows)
-            lse_C = torch.logsumexp(logits_CV, dim=-1)
-            labels_C1 = labels_R[rows, None]
-            ce_sum += (lse_C - logits_CV.gather(1, labels_C1).squeeze(1)).sum()
-            pull = None
-            if teacher is not None:
-                pull = _Pull.of(logits_CV, lse_C, teacher, rows, terms, wants_gradient)
-                divergence_sum += pull.value_C.sum()
+            labels_C = labels_R[rows]
+            if teacher is None:
+                ce_C, grad_CV = _cross_entropy(head.logits(rows), labels_C, terms.ce_weight)
+            else:
+                value_C, ce_C, grad_CV = _imitation(head.logits(rows), labels_C, teacher, rows, terms, wants_gradient)
+                divergence_sum += value_C.sum()
+            ce_sum += ce_C.sum()
             if wants_gradient:
-                head.accumulate(rows, _logit_gradient(logits_CV, lse_C, labels_C1, pull, terms))
+                head.accumulate(rows, grad_CV)
+            del grad_CV  # or it would live beside the next chunk's logits
         ctx.dtypes = hidden_RH.dtype, weight_VH.dtype
         ctx.save_for_backward(head.grad_hidden_RH, head.grad_weight_VH)
         ctx.mark_non_differentiable(divergence_sum, ce_sum)
@@ -225,93 +225,147 @@ class _DistillationLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
         grads = [
-            None if grad is None else (grad * scale).to(dtype)
+            None if grad is None else _scaled(grad, scale, dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*grads, None, None, None, None, None, None)
 
 
-class _Pull(NamedTuple):
-    """What the teacher does to a chunk's rows: their divergence, and its derivatives by the student's logprobs.
+def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(grad * scale).to(dtype)` without a copy of the gradient in float32."""
+    scaled = torch.empty_like(grad, dtype=dtype)
+    for start in range(0, len(grad), _SCALED_ROWS):
+        scaled[start : start + _SCALED_ROWS] = grad[start : start + _SCALED_ROWS] * scale
+    return scaled
 
-    Weights of the rows and T^2 are in the value, and in the derivatives once more 1/T, which the logits are divided by.
+
+_SCALED_ROWS = 8192
+
+
+def _cross_entropy(logits_CV: Tensor, labels_C: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Each row's cross-entropy, and `weight` times its gradient in the place of the logits."""
+    labels_C1 = labels_C[:, None]
+    logits_CV.sub_(logits_CV.amax(dim=-1, keepdim=True))
+    label_logits_C = logits_CV.gather(1, labels_C1).squeeze(1)
+    sum_C = logits_CV.exp_().sum(dim=-1)
+    logits_CV.mul_((weight / sum_C)[:, None])
+    logits_CV.scatter_add_(1, labels_C1, torch.full_like(sum_C, -weight)[:, None])
+    return sum_C.log() - label_logits_C, logits_CV
+
+
+def _imitation(
+    logits_CV: Tensor, labels_C: Tensor, teacher: TeacherBatch, rows: slice, terms: _Terms, wants_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's divergence and cross-entropy, and the gradient of both under their weights, where it is wanted.
+
+    At T = 1 all of it comes from one exponential of the logits, taken in their place.
     """
+    temperature = terms.temperature
+    if temperature == 1:
+        student = _Student.of(logits_CV, labels_C, teacher, rows)
+        value_C, grad_CV = _pull(student, labels_C, teacher, rows, terms, wants_gradient, ce_weight=terms.ce_weight)
+        return value_C, -student.log_q_label_C, grad_CV
+    student = _Student.of(logits_CV / temperature, labels_C, teacher, rows)
+    value_C, grad_CV = _pull(student, labels_C, teacher, rows, terms, wants_gradient, ce_weight=0.0)
+    ce_C, ce_grad_CV = _cross_entropy(logits_CV, labels_C, terms.ce_weight)
+    if wants_gradient and terms.ce_weight:
+        grad_CV.add_(ce_grad_CV)
+    return value_C, ce_C, grad_CV
 
-    value_C: Tensor
-    ids_CK: Tensor
-    head_CK: Tensor
-    """by the logprobs of the cached ids"""
-    tail_CV: Tensor
-    """by the tail's, spread over its ids; 0 at the cached ones"""
-    total_C: Tensor
-    """sum of both, with the sign turned"""
+
+class _Student(NamedTuple):
+    """What a chunk of rows says of the teacher's classes."""
+
+    classes: Classes
+    cached_ids_CK: Tensor
+    share_CV: Tensor
+    """its tail as a distribution of its own: 0 at the cached ids, else summing to 1"""
+    log_q_label_C: Tensor
 
     @classmethod
-    def of(
-        cls,
-        logits_CV: Tensor,
-        lse_C: Tensor,
-        teacher: TeacherBatch,
-        rows: slice,
-        terms: _Terms,
-        wants_slopes: bool,
-    ) -> "_Pull":
-        temperature = terms.temperature
-        tempered_CV = logits_CV
-        if temperature != 1:
-            tempered_CV = logits_CV / temperature
-            lse_C = torch.logsumexp(tempered_CV, dim=-1)
-        classes, share_CV = _coarsen(tempered_CV, lse_C, teacher, rows)
-        if teacher.log_bound_R is None:
-            value_C, slopes_CJ = _with_slopes(terms.divergence, classes, wants_slopes)
-            tail_CV = share_CV.mul_(slopes_CJ[:, -1:])
-        else:
-            log_r_C, log_s_C = classes.log_p_CJ[:, -1], classes.log_q_CJ[:, -1]
-            bound_C = teacher.log_bound_R[rows].to(share_CV.dtype).exp()
-            only_head = classes._replace(exists_CJ=classes.exists_CJ.clone())
-            only_head.exists_CJ[:, -1] = False
-            value_C, slopes_CJ = _with_slopes(forward_kl, only_head, wants_slopes)
-            tail_CV, tail_C = _bounded_tail(share_CV, log_r_C.exp(), bound_C, log_s_C)
-            tail_CV.neg_()
-            value_C = value_C + tail_C
-        head_CK = slopes_CJ[:, :-1]
-        total_C = -head_CK.sum(dim=1) - tail_CV.sum(dim=1)
-        if teacher.weight_R is None and temperature == 1:
-            return cls(value_C, teacher.topk_ids_RK[rows], head_CK, tail_CV, total_C)
-        scale_C = torch.full_like(lse_C, temperature)
-        if teacher.weight_R is not None:
-            scale_C = scale_C * teacher.weight_R[rows]
-        scale_C1 = scale_C[:, None]
-        return cls(
-            value_C * scale_C * temperature,
-            teacher.topk_ids_RK[rows],
-            head_CK * scale_C1,
-            tail_CV.mul_(scale_C1),
-            total_C * scale_C,
+    def of(cls, logits_CV: Tensor, labels_C: Tensor, teacher: TeacherBatch, rows: slice) -> "_Student":
+        """From logits, whose place `share_CV` takes.
+
+        The tail has an exponential to its own maximum, so that it is as exact where the head holds almost everything.
+        """
+        ids_CK = teacher.topk_ids_RK[rows]
+        log_p_CK = teacher.topk_logprobs_RK[rows].to(logits_CV.dtype)
+        log_r_C1 = teacher.log_tail_mass_R[rows, None].to(logits_CV.dtype)
+        cached_CK = torch.isfinite(log_p_CK)
+        label_logits_C1 = logits_CV.gather(1, labels_C[:, None])
+        head_logits_CK = torch.where(cached_CK, logits_CV.gather(1, ids_CK), -torch.inf)
+        # A padded slot may point at an id that is cached, or at one that is not: `amin` against +inf changes neither.
+        ceiling_CK = torch.where(cached_CK, -torch.inf, torch.inf).to(logits_CV.dtype)
+        logits_CV.scatter_reduce_(1, ids_CK, ceiling_CK, "amin")
+        outside_max_C1 = logits_CV.amax(dim=-1, keepdim=True)
+        has_outside_C1 = torch.isfinite(outside_max_C1)
+        share_CV = logits_CV.sub_(torch.where(has_outside_C1, outside_max_C1, 0.0)).exp_()
+        sum_C1 = share_CV.sum(dim=-1, keepdim=True)
+        share_CV.div_(torch.where(has_outside_C1, sum_C1, 1.0))
+        # All logits relative to the largest of the row: next to 0 a logsumexp is exact.
+        max_C1 = torch.maximum(head_logits_CK.amax(dim=-1, keepdim=True), outside_max_C1)
+        head_CK, outside_C1 = head_logits_CK - max_C1, outside_max_C1 - max_C1 + sum_C1.log()
+        lse_C1 = torch.logaddexp(head_CK.logsumexp(dim=-1, keepdim=True), outside_C1)
+        classes = Classes(
+            torch.cat([torch.where(cached_CK, log_p_CK, 0.0), log_r_C1], dim=1),
+            torch.cat(
+                [
+                    torch.where(cached_CK, head_CK - lse_C1, 0.0),
+                    torch.where(has_outside_C1, outside_C1 - lse_C1, 0.0),
+                ],
+                dim=1,
+            ),
+            torch.cat([cached_CK, has_outside_C1], dim=1),
         )
+        return cls(classes, ids_CK, share_CV, (label_logits_C1 - max_C1 - lse_C1).squeeze(1))
 
 
-def _coarsen(logits_CV: Tensor, lse_C: Tensor, teacher: TeacherBatch, rows: slice) -> tuple[Classes, Tensor]:
-    """The classes of some rows, and `share_CV`: the student's tail as a distribution of its own, 0 at cached ids."""
-    ids_CK = teacher.topk_ids_RK[rows]
-    log_p_CK = teacher.topk_logprobs_RK[rows].to(logits_CV.dtype)
-    log_r_C1 = teacher.log_tail_mass_R[rows, None].to(logits_CV.dtype)
-    cached_CK = torch.isfinite(log_p_CK)
-    # A padded slot may point at an id that is cached, or at one that is not: `amin` against +inf changes neither.
-    infinity_CK = torch.full_like(log_p_CK, torch.inf)
-    ceiling_CK = torch.where(cached_CK, -infinity_CK, infinity_CK)
-    outside_CV = logits_CV.scatter_reduce(1, ids_CK, ceiling_CK, "amin")
-    lse_outside_C1 = torch.logsumexp(outside_CV, dim=-1, keepdim=True)
-    has_outside_C1 = torch.isfinite(lse_outside_C1)
-    lse_outside_C1 = torch.where(has_outside_C1, lse_outside_C1, 0.0)
-    share_CV = outside_CV.sub_(lse_outside_C1).exp_()
-    log_q_CK = logits_CV.gather(1, ids_CK)
-    classes = Classes(
-        torch.cat([torch.where(cached_CK, log_p_CK, 0.0), log_r_C1], dim=1),
-        torch.cat([log_q_CK, lse_outside_C1], dim=1) - lse_C[:, None],
-        torch.cat([cached_CK, has_outside_C1], dim=1),
-    )
-    return classes, share_CV
+def _pull(
+    student: _Student,
+    labels_C: Tensor,
+    teacher: TeacherBatch,
+    rows: slice,
+    terms: _Terms,
+    wants_gradient: bool,
+    *,
+    ce_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Each row's divergence under its weight, and the gradient of all in the place of `share_CV`."""
+    classes, share_CV, temperature = student.classes, student.share_CV, terms.temperature
+    exists_CJ, log_s_C = classes.exists_CJ, classes.log_q_CJ[:, -1]
+    tail = None
+    if teacher.log_bound_R is None:
+        value_C, slopes_CJ = _with_slopes(terms.divergence, classes, wants_gradient)
+    else:
+        only_head = classes._replace(exists_CJ=exists_CJ.clone())
+        only_head.exists_CJ[:, -1] = False
+        value_C, slopes_CJ = _with_slopes(forward_kl, only_head, wants_gradient)
+        bound_C = teacher.log_bound_R[rows].to(share_CV.dtype).exp()
+        tail = _BoundedTail.of(share_CV, classes.log_p_CJ[:, -1].exp(), bound_C)
+        value_C = value_C + tail.kl_C(log_s_C)
+        slopes_CJ[:, -1] = -tail.scale_C
+    counts_C = torch.full_like(value_C, temperature**2)
+    if teacher.weight_R is not None:
+        counts_C = counts_C * teacher.weight_R[rows]
+    value_C = value_C * counts_C
+    if not wants_gradient:
+        return value_C, share_CV
+
+    # d(logits / T) is d(logits) / T.
+    weight_C = terms.divergence_weight * counts_C / temperature
+    q_CJ = torch.where(exists_CJ, classes.log_q_CJ.exp(), 0.0)
+    s_C, head_slopes_CK = q_CJ[:, -1], slopes_CJ[:, :-1]
+    total_C = -head_slopes_CK.sum(dim=1) - (slopes_CJ[:, -1] if tail is None else -tail.mass_C())
+    of_q_C = ce_weight + weight_C * total_C
+    grad_CV = share_CV.mul_((of_q_C * s_C + weight_C * slopes_CJ[:, -1])[:, None])
+    if tail is not None:
+        of_q_N = (of_q_C * s_C)[tail.row_N] * tail.share_N
+        grad_CV[tail.row_N, tail.id_N] = of_q_N - weight_C[tail.row_N] * tail.bound_N
+    head_CK = of_q_C[:, None] * q_CJ[:, :-1] + weight_C[:, None] * head_slopes_CK
+    grad_CV.scatter_add_(1, student.cached_ids_CK, head_CK)
+    if ce_weight:
+        grad_CV.scatter_add_(1, labels_C[:, None], torch.full_like(value_C, -ce_weight)[:, None])
+    return value_C, grad_CV
 
 
 def _with_slopes(divergence: Divergence, classes: Classes, wants_slopes: bool) -> tuple[Tensor, Tensor]:
@@ -319,68 +373,74 @@ def _with_slopes(divergence: Divergence, classes: Classes, wants_slopes: bool) -
     if not wants_slopes:
         return divergence(classes), torch.zeros_like(classes.log_q_CJ)
     with torch.enable_grad():
-        log_q_CJ = classes.log_q_CJ.requires_grad_()
-        value_C = divergence(classes)
+        log_q_CJ = classes.log_q_CJ.detach().requires_grad_()
+        value_C = divergence(classes._replace(log_q_CJ=log_q_CJ))
         (slopes_CJ,) = torch.autograd.grad(value_C.sum(), log_q_CJ)
     return value_C.detach(), slopes_CJ
 
 
-def _logit_gradient(logits_CV: Tensor, lse_C: Tensor, labels_C1: Tensor, pull: _Pull | None, terms: _Terms) -> Tensor:
-    """The loss's gradient by the logits, which are overwritten."""
-    weight, ce_weight = terms.divergence_weight, terms.ce_weight
-    total_CV: Tensor | None = None
-    if pull is not None and terms.temperature != 1:
-        total_CV = torch.softmax(logits_CV / terms.temperature, dim=-1).mul_((weight * pull.total_C)[:, None])
-    grad_CV = logits_CV.sub_(lse_C[:, None]).exp_()  # q; the logits are not needed any more
-    if pull is None:
-        grad_CV.mul_(ce_weight)
-    else:
-        if total_CV is None:
-            grad_CV.mul_((ce_weight + weight * pull.total_C)[:, None])
-        else:
-            grad_CV.mul_(ce_weight).add_(total_CV)
-        grad_CV.add_(pull.tail_CV, alpha=weight)
-        grad_CV.scatter_add_(1, pull.ids_CK, weight * pull.head_CK)
-    return grad_CV.scatter_add_(1, labels_C1, torch.full_like(lse_C, -ce_weight)[:, None])
+class _BoundedTail(NamedTuple):
+    """The tails' targets of a chunk, min(c share, bound): c x share but for the N tokens that the bound holds back."""
+
+    scale_C: Tensor
+    """c; 0 in rows without a tail"""
+    free_C: Tensor
+    """the student's share of its tail that is not held back"""
+    row_N: Tensor
+    id_N: Tensor
+    share_N: Tensor
+    """the student's, of its row's tail"""
+    bound_N: Tensor
+
+    @classmethod
+    def of(cls, share_CV: Tensor, mass_C: Tensor, bound_C: Tensor) -> "_BoundedTail":
+        """The scale with which they sum to `mass`.
+
+        Each round caps what the last c lifted above the bound and spreads the rest over the others; c only grows, so
+        what is capped stays capped, and mass > bound x number of capped holds throughout. Rounds look at the few tokens
+        that a somewhat larger c would cap, and at all of them again only where c grew beyond that.
+        """
+        scale_C, free_C, num_capped = mass_C, torch.ones_like(mass_C), 0
+        looked_C = torch.zeros_like(mass_C)
+        row_N = id_N = torch.empty(0, dtype=torch.long, device=share_CV.device)
+        share_N = share_CV.new_empty(0)
+        capped_N = torch.empty(0, dtype=torch.bool, device=share_CV.device)
+        for _ in range(_MAX_ROUNDS):
+            if bool((scale_C > looked_C).any()):
+                looked_C = _LOOKED_AHEAD * scale_C
+                # A scale of 0 is a row without a tail: nothing is above infinity.
+                row_N, id_N = (share_CV > (bound_C / looked_C)[:, None]).nonzero(as_tuple=True)
+                share_N = share_CV[row_N, id_N]
+                # Summed without them: 1 - their sum has no digits where they are nearly all.
+                share_CV[row_N, id_N] = 0
+                rest_C = share_CV.sum(dim=1)
+                share_CV[row_N, id_N] = share_N
+            capped_N = share_N > (bound_C / scale_C)[row_N]
+            if int(capped_N.sum()) == num_capped:
+                break
+            num_capped = int(capped_N.sum())
+            free_C = rest_C.index_add(0, row_N, torch.where(capped_N, 0.0, share_N))
+            num_C = torch.zeros_like(mass_C).index_add(0, row_N, capped_N.to(mass_C.dtype))
+            left_C = mass_C - bound_C * num_C
+            # A student whose tail is one token leaves nothing to spread over.
+            scale_C = torch.where((num_C > 0) & (free_C > 0), left_C / free_C.clamp_min(_TINY), scale_C)
+        row_N, id_N, share_N = row_N[capped_N], id_N[capped_N], share_N[capped_N]
+        return cls(scale_C, free_C, row_N, id_N, share_N, bound_C[row_N])
+
+    def mass_C(self) -> Tensor:
+        """The sum of each row's targets."""
+        return (self.scale_C * self.free_C).index_add(0, self.row_N, self.bound_N)
+
+    def kl_C(self, log_s_C: Tensor) -> Tensor:
+        """The tail's part of the divergence: sum of p^ (log p^ - log q), with log q = log share + log s."""
+        of_free_C = self.scale_C * self.free_C * (self.scale_C.clamp_min(_TINY).log() - log_s_C)
+        log_q_N = self.share_N.log() + log_s_C[self.row_N]
+        return of_free_C.index_add(0, self.row_N, self.bound_N * (self.bound_N.clamp_min(_TINY).log() - log_q_N))
 
 
 # The capped ids grow with each round and settle after three or four; what is left then is below rounding.
 _MAX_ROUNDS = 16
-
-
-def _bounded_tail(share_CV: Tensor, mass_C: Tensor, bound_C: Tensor, log_s_C: Tensor) -> tuple[Tensor, Tensor]:
-    """`(tail_CV, kl_C)`: min(c share, bound) with the sum `mass`, and its share of the divergence.
-
-    `share_CV` sums to 1 (0 where the cached ids are all there are) and is overwritten; log q_j = log share_j + log s.
-    Each round caps what the last scale c lifted above the bound and spreads the rest over the others; c only grows, so
-    what is capped stays capped, and mass > bound x number of capped holds throughout.
-    """
-    scale_C = mass_C
-    capped_CV = share_CV * scale_C[:, None] > bound_C[:, None]
-    num_capped_C = capped_CV.sum(dim=1)
-    for _ in range(_MAX_ROUNDS):
-        if not bool(num_capped_C.any()):
-            break
-        free_C = torch.where(capped_CV, 0.0, share_CV).sum(dim=1)
-        left_C = mass_C - bound_C * num_capped_C
-        # A student whose tail is one token leaves nothing to spread over.
-        scale_C = torch.where((num_capped_C > 0) & (free_C > 0), left_C / free_C.clamp_min(_TINY), scale_C)
-        wider_CV = share_CV * scale_C[:, None] > bound_C[:, None]
-        wider_C = wider_CV.sum(dim=1)
-        if torch.equal(wider_C, num_capped_C):
-            break
-        capped_CV, num_capped_C = wider_CV, wider_C
-    log_capped_C = torch.where(capped_CV, share_CV, 1.0).clamp_min(_TINY).log().sum(dim=1)
-    free_mass_C = scale_C * torch.where(capped_CV, 0.0, share_CV).sum(dim=1)
-    tail_CV = torch.where(capped_CV, bound_C[:, None], share_CV.mul_(scale_C[:, None]))
-    kl_C = torch.where(
-        mass_C > 0,
-        free_mass_C * (scale_C.clamp_min(_TINY).log() - log_s_C)
-        + bound_C * (num_capped_C * (bound_C.clamp_min(_TINY).log() - log_s_C) - log_capped_C),
-        0.0,
-    )
-    return tail_CV, kl_C
-
-
+# By how much c grows over the rounds, mostly.
+_LOOKED_AHEAD = 4.0
 # The smallest normal float32: a floor for logarithms whose weight is 0.
 _TINY = torch.finfo(torch.float32).tiny

@@ -178,7 +178,7 @@ class _LabelLogprobs(torch.autograd.Function):
         head = ChunkedHead(hidden_RH, weight_VH, chunk_rows=chunk_rows, grad_hidden=False, grad_weight=False)
         logp_R = hidden_RH.new_empty(hidden_RH.shape[0], dtype=accumulation_dtype(hidden_RH))
         for rows in head.chunks():
-            logits_CV = head.logits(rows)
+            logits_CV = head.centred_logits(rows)
             label_logits_C = logits_CV.gather(1, labels_R[rows, None]).squeeze(1)
             logp_R[rows] = label_logits_C - torch.logsumexp(logits_CV, dim=-1)
         ctx.save_for_backward(hidden_RH, weight_VH, labels_R)
@@ -199,7 +199,7 @@ class _LabelLogprobs(torch.autograd.Function):
         )
         for rows in head.chunks():
             grad_C1 = grad_R[rows, None]
-            grad_CV = torch.softmax(head.logits(rows), dim=-1).mul_(-grad_C1)
+            grad_CV = torch.softmax(head.centred_logits(rows), dim=-1).mul_(-grad_C1)
             head.accumulate(rows, grad_CV.scatter_add_(1, labels_R[rows, None], grad_C1))
         hidden_grad, weight_grad = head.grad_hidden_RH, head.grad_weight_VH
         return (
