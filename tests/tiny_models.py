@@ -5,12 +5,13 @@ and become as many tokens as they have pixels for; `save_tiny_text` one that rea
 vocabulary of 300 tokens, so that any text is representable, and are drawn wide, so that a random teacher has opinions.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["save_tiny_llava", "save_tiny_qwen_vl", "save_tiny_text"]
+__all__ = ["noise_png", "save_tiny_llava", "save_tiny_qwen_vl", "save_tiny_text"]
 
 CONTEXT_LENGTH = 256
 # The smallest that vLLM's CPU attention takes.
@@ -26,6 +27,17 @@ _CORPUS = (
 _ROLES = ("<system>", "<user>", "<assistant>")
 _LLAVA_IMAGE = ("<image>",)
 _QWEN_IMAGE = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def noise_png(seed: int) -> bytes:
+    """A 32x32 picture of noise."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(seed).integers(0, 256, size=(32, 32, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, "RGB").save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def save_tiny_llava(folder: Path) -> None:

@@ -44,6 +44,7 @@ def held_out_figures(lake: str | Path, cache: str, model_dir: Path, split: str =
     from logitlake_shared.rendering import Renderer
     from logitlake_student.data import SampleCollator, StudentInputs, check_student_fits
     from logitlake_student.losses.distillation import TeacherBatch, distillation_loss
+    from logitlake_student.model_inputs import ModelInputs
     from logitlake_student.models.forward import hidden_response_rows
     from logitlake_student.models.load import load_student
 
@@ -51,7 +52,7 @@ def held_out_figures(lake: str | Path, cache: str, model_dir: Path, split: str =
     renderer, dataset = Renderer(model_dir), LakeDataset(lake, cache, split=split)
     check_student_fits(dataset.spec, dataset, renderer)
     collate = SampleCollator(
-        StudentInputs(pad_id=renderer.pad_id, image_token_id=None, tokens_per_image=0, load_pixels=None),
+        StudentInputs(ModelInputs(image_token_id=None, loader=None), pad_id=renderer.pad_id),
         dataset.spec.codec,
     )
     tokens, kl, ce, teacher_ce = 0, 0.0, 0.0, 0.0

@@ -18,15 +18,13 @@ from torch import Tensor
 
 from logitlake_shared.data_formats import ImageRef, Messages
 from logitlake_shared.errors import ConfigError, DataError
-from logitlake_shared.pixels import image_processor_sha256, load_pixels
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
-from logitlake_student.data import SampleCollator, StudentInputs, check_student_fits, tokens_per_image
+from logitlake_student.data import SampleCollator, StudentInputs, check_student_fits
 from logitlake_student.losses.distillation import TeacherBatch, distillation_loss
 from logitlake_student.model_inputs import Expanded, ModelInputs
 from logitlake_student.models.forward import hidden_response_rows
 from logitlake_student.models.load import load_student
-from logitlake_student.models.parts import projector_prefix
 
 __all__ = ["Examinee", "Prompt", "Streamed", "greedy_answers", "kl_to_teacher", "load_examinee", "stream_answer"]
 
@@ -44,10 +42,7 @@ class Examinee:
 
     model: Any
     renderer: Renderer
-    inputs: StudentInputs
-    """of batches with responses, whose images all become one number of tokens"""
     model_inputs: ModelInputs
-    """of prompts, for any family"""
 
     def prompt(self, messages: Messages, images: Sequence[ImageRef]) -> Expanded:
         """A conversation that waits for an answer, as the model sees it.
@@ -79,13 +74,7 @@ def load_examinee(model_dir: Path, device: str, dtype: torch.dtype = torch.float
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=renderer.eos_id, pad_token_id=renderer.pad_id
     )
-    inputs = StudentInputs(
-        pad_id=renderer.pad_id,
-        image_token_id=renderer.image_token_id,
-        tokens_per_image=tokens_per_image(model.config) if projector_prefix(model) is not None else 0,
-        load_pixels=load_pixels(model_dir) if image_processor_sha256(model_dir) is not None else None,
-    )
-    return Examinee(model, renderer, inputs, ModelInputs(model_dir, model.config))
+    return Examinee(model, renderer, ModelInputs.of_checkpoint(model_dir, model.config))
 
 
 @torch.inference_mode()
@@ -183,13 +172,9 @@ def kl_to_teacher(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, 
     For the teacher itself it is what the codec cost. Raises `FingerprintMismatchError` when checkpoint and lake do
     not belong together, `ConfigError` for a family that the training batches do not know.
     """
-    if hasattr(examinee.model.config, "vision_config") and projector_prefix(examinee.model) is None:
-        raise ConfigError(
-            f"KL to the teacher: a model of type {examinee.model.config.model_type!r} cannot be compared with a lake's "
-            "rows yet; its answers can be asked for (`logitlake-student predict`)"
-        )
     check_student_fits(dataset.spec, dataset, examinee.renderer)
-    collate = SampleCollator(examinee.inputs, dataset.spec.codec)
+    inputs = StudentInputs(examinee.model_inputs, pad_id=examinee.renderer.pad_id)
+    collate = SampleCollator(inputs, dataset.spec.codec)
     weight_VH = examinee.model.lm_head.weight[: examinee.renderer.vocab_size]
     kl_sum, num_tokens = 0.0, 0
     for start in range(0, len(dataset), batch_size):

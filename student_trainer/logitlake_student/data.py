@@ -1,13 +1,13 @@
 """Rows of the lake to tensors. The only place where the student's batches are made.
 
 A batch holds the student's own positions: placeholders are expanded to the number of tokens that *its* vision tower
-makes of an image, and the rows that predict response tokens are asked of `logitlake_shared.alignment`. The teacher's
-rows come from the lake's codec. Before the first step, the lake and the student are checked to belong together.
+makes of an image (`model_inputs`), and the rows that predict response tokens are asked of
+`logitlake_shared.alignment`. The teacher's rows come from the lake's codec. Before the first step, the lake and the
+student are checked to belong together.
 
 Axes: B samples, S positions, R response rows of the batch, K cached entries, P pairs.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,17 +17,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from logitlake_schemas import CaptureSpec, Codec, Temperature, sha256_hex
-from logitlake_shared.alignment import expand_images, interleave, predicting_rows
-from logitlake_shared.errors import FingerprintMismatchError, TrainingError
-from logitlake_shared.pixels import PixelLoader
+from logitlake_schemas import CaptureSpec, Codec, Temperature
+from logitlake_shared.alignment import interleave, predicting_rows
+from logitlake_shared.errors import DataError, FingerprintMismatchError, TrainingError
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.reader.order import Layout, epoch_order
 from logitlake_shared.rendering import Renderer
 from logitlake_shared.rows import LakePair, LakeSample
 from logitlake_shared.topk import decode, tail_bound
 from logitlake_student.config.targets import EntropyWeights, TokenWeights, VisualAdvantage
-from logitlake_student.model_inputs import tokens_per_image
+from logitlake_student.model_inputs import Expanded, ModelInputs
 
 __all__ = [
     "EpochOrder",
@@ -36,13 +35,12 @@ __all__ = [
     "Sequences",
     "StudentInputs",
     "check_student_fits",
-    "tokens_per_image",
 ]
 
 Batch = dict[str, Tensor]
+Conversation = tuple[Any, Any, Any, Any, Sequence[bytes]]
+"""prompt_ids, prompt_lengths, response_ids, response_lengths, encoded images"""
 
-# Preprocessed images kept in memory, in bytes. Small pictures are then decoded once, large ones as they come.
-_PIXEL_CACHE_BYTES = 512 * 2**20
 # Samples whose ids are rendered again before the first step.
 _NUM_RENDERED_AGAIN = 8
 
@@ -100,8 +98,8 @@ class EpochOrder(torch.utils.data.Sampler[int]):
 class Sequences:
     """Token sequences of a batch, padded on the right, and their response rows as flat positions in [B·S]."""
 
-    input_ids_BS: Tensor
-    attention_mask_BS: Tensor
+    inputs: dict[str, Tensor]
+    """the model's arguments by their names"""
     rows_R: Tensor
     label_ids_R: Tensor
     sequence_R: Tensor
@@ -111,75 +109,42 @@ class Sequences:
 class StudentInputs:
     """Makes what the student's forward pass takes.
 
-    `load_pixels` is None for a text-only student; `context_length` is the number of positions that the student was
-    made for, None where it does not say.
+    `context_length` is the number of positions that the student was made for, None where it does not say.
     """
 
-    def __init__(
-        self,
-        *,
-        pad_id: int,
-        image_token_id: int | None,
-        tokens_per_image: int,
-        load_pixels: PixelLoader | None,
-        context_length: int | None = None,
-    ) -> None:
-        self._context_length = context_length
-        self._pad_id, self._image_token_id, self._tokens_per_image = pad_id, image_token_id, tokens_per_image
-        self._load_pixels = load_pixels
-        self._pixels: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
+    def __init__(self, model_inputs: ModelInputs, *, pad_id: int, context_length: int | None = None) -> None:
+        self._model_inputs, self._pad_id, self._context_length = model_inputs, pad_id, context_length
 
-    def sequences(self, conversations: Sequence[tuple[Any, Any, Any, Any, int]]) -> Sequences:
-        """Each conversation is (prompt_ids, prompt_lengths, response_ids, response_lengths, number of images)."""
-        ids, rows, labels = [], [], []
-        for *segments, num_images in conversations:
-            ids_S, mask_S = expand_images(
-                *interleave(*segments), self._image_token_id, [self._tokens_per_image] * num_images
-            )
-            rows_R = predicting_rows(mask_S)
-            ids.append(ids_S)
-            rows.append(rows_R)
-            labels.append(ids_S[mask_S])
-        longest = max(len(ids_S) for ids_S in ids)
-        input_ids_BS = np.full((len(ids), longest), self._pad_id, np.int64)
-        attention_mask_BS = np.zeros((len(ids), longest), np.int64)
-        for place, ids_S in enumerate(ids):
-            input_ids_BS[place, : len(ids_S)] = ids_S
-            attention_mask_BS[place, : len(ids_S)] = 1
+    def sequences(self, conversations: Sequence[Conversation], names: Sequence[str]) -> Sequences:
+        """Raises `TrainingError` naming the first conversation that is longer than the student's context, or shows
+        images to a student that has no eyes."""
+        sequences = [
+            self._expanded(conversation, name) for conversation, name in zip(conversations, names, strict=True)
+        ]
+        inputs = self._model_inputs.padded(sequences, pad_id=self._pad_id, side="right")
+        longest = inputs["input_ids"].shape[1]
+        rows = [predicting_rows(sequence.is_response_S) for sequence in sequences]
+        labels = [sequence.ids_S[sequence.is_response_S] for sequence in sequences]
         return Sequences(
-            input_ids_BS=torch.from_numpy(input_ids_BS),
-            attention_mask_BS=torch.from_numpy(attention_mask_BS),
+            inputs=inputs,
             rows_R=torch.from_numpy(np.concatenate([place * longest + rows_R for place, rows_R in enumerate(rows)])),
             label_ids_R=torch.from_numpy(np.concatenate(labels)),
             sequence_R=torch.from_numpy(np.repeat(np.arange(len(rows)), [len(rows_R) for rows_R in rows])),
         )
 
-    def check_length(self, sequences: Sequences, names: Sequence[str]) -> None:
-        """Raises `TrainingError` naming the first sequence that is longer than the student's context."""
-        for name, length in zip(names, sequences.attention_mask_BS.sum(dim=1).tolist(), strict=True):
-            if self._context_length is not None and length > self._context_length:
-                raise TrainingError(
-                    f"{name}: {length} positions with its images expanded, the student was made for "
-                    f"{self._context_length}; leave its task out by `tasks`, or capture without it"
-                )
-
-    def pixels(self, images: Sequence[bytes]) -> Tensor | None:
-        """`pixel_values_NCHW` float32 of encoded images in order; None where there are none."""
-        if not images:
-            return None
-        return torch.from_numpy(np.stack([self._one_image(data) for data in images]))
-
-    def _one_image(self, data: bytes) -> npt.NDArray[np.float32]:
-        if self._load_pixels is None:
-            raise TrainingError("the batch holds an image but the student has no vision tower; filter it by `tasks`")
-        key = sha256_hex(data)
-        pixels = self._pixels.get(key)
-        if pixels is None:
-            pixels = self._load_pixels([data])[0]
-            self._pixels[key] = pixels
-            while len(self._pixels) * pixels.nbytes > _PIXEL_CACHE_BYTES:
-                self._pixels.popitem(last=False)
-        return pixels
+    def _expanded(self, conversation: Conversation, name: str) -> Expanded:
+        *segments, images = conversation
+        try:
+            sequence = self._model_inputs.expand(*interleave(*segments), images)
+        except DataError as error:
+            raise TrainingError(f"{name}: {error}; leave its task out by `tasks`") from None
+        length = len(sequence.ids_S)
+        if self._context_length is not None and length > self._context_length:
+            raise TrainingError(
+                f"{name}: {length} positions with its images expanded, the student was made for "
+                f"{self._context_length}; leave its task out by `tasks`, or capture without it"
+            )
+        return sequence
 
 
 @dataclass(frozen=True)
@@ -195,15 +160,14 @@ class SampleCollator:
     """which tokens count more; None: none"""
 
     def __call__(self, samples: Sequence[LakeSample]) -> Batch:
-        """`input_ids_BS`, `attention_mask_BS`, `rows_R`, `label_ids_R`, `topk_ids_RK`, `topk_logprobs_RK`,
-        `log_tail_mass_R`, `log_bound_R`, `weight_R`, and `pixel_values` where there are images. K is the largest k of
-        the batch.
+        """The model's arguments, `rows_R`, `label_ids_R`, `topk_ids_RK`, `topk_logprobs_RK`, `log_tail_mass_R`,
+        `log_bound_R` and `weight_R`. K is the largest k of the batch.
         """
         sequences = self.inputs.sequences(
-            [(s.prompt_ids, s.prompt_lengths, s.response_ids, s.response_lengths, len(s.images)) for s in samples]
+            [(s.prompt_ids, s.prompt_lengths, s.response_ids, s.response_lengths, s.images) for s in samples],
+            [f"sample {sample.sample_id}" for sample in samples],
         )
-        self.inputs.check_length(sequences, [f"sample {sample.sample_id}" for sample in samples])
-        batch = _as_batch(sequences, self.inputs.pixels([image for sample in samples for image in sample.images]))
+        batch = _as_batch(sequences)
         ids_RK, logprobs_RK, log_tail_R = decode([sample.rows for sample in samples], self.temperature)
         batch["topk_ids_RK"] = torch.from_numpy(ids_RK).long()
         batch["topk_logprobs_RK"] = torch.from_numpy(logprobs_RK)
@@ -243,14 +207,13 @@ class PairCollator:
     def __call__(self, pairs: Sequence[LakePair]) -> Batch:
         """As a sample batch with B = 2P, plus `sequence_R` and the teacher's `reference_logp_B`, `length_B`."""
         conversations = [
-            (pair.prompt_ids, [len(pair.prompt_ids)], response_ids, [len(response_ids)], len(pair.images))
+            (pair.prompt_ids, [len(pair.prompt_ids)], response_ids, [len(response_ids)], pair.images)
             for response in _RESPONSES
             for pair in pairs
             for response_ids in (response(pair)[0],)
         ]
-        sequences = self.inputs.sequences(conversations)
-        self.inputs.check_length(sequences, [f"pair {pair.pair_id}" for pair in (*pairs, *pairs)])
-        batch = _as_batch(sequences, self.inputs.pixels([image for pair in (*pairs, *pairs) for image in pair.images]))
+        sequences = self.inputs.sequences(conversations, [f"pair {pair.pair_id}" for pair in (*pairs, *pairs)])
+        batch = _as_batch(sequences)
         logprobs = [response(pair)[1] for response in _RESPONSES for pair in pairs]
         batch["sequence_R"] = sequences.sequence_R
         batch["reference_logp_B"] = torch.tensor([float(lp.sum(dtype=np.float64)) for lp in logprobs])
@@ -264,13 +227,5 @@ _RESPONSES: tuple[Callable[[LakePair], tuple[Any, Any]], ...] = (
 )
 
 
-def _as_batch(sequences: Sequences, pixels_NCHW: Tensor | None) -> Batch:
-    batch = {
-        "input_ids_BS": sequences.input_ids_BS,
-        "attention_mask_BS": sequences.attention_mask_BS,
-        "rows_R": sequences.rows_R,
-        "label_ids_R": sequences.label_ids_R,
-    }
-    if pixels_NCHW is not None:
-        batch["pixel_values"] = pixels_NCHW
-    return batch
+def _as_batch(sequences: Sequences) -> Batch:
+    return {**sequences.inputs, "rows_R": sequences.rows_R, "label_ids_R": sequences.label_ids_R}

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,12 @@ from logitlake_schemas import sha256_hex
 from logitlake_shared.alignment import expand_images
 from logitlake_shared.errors import DataError
 from logitlake_shared.images import decode_image
-from logitlake_shared.pixels import load_pixels
+from logitlake_shared.pixels import PixelLoader, load_pixels
 
 __all__ = ["Expanded", "ModelInputs", "tokens_per_image"]
 
-# Processed images kept, in bytes: questions about one picture stand together.
-_CACHE_BYTES = 256 * 2**20
+# Processed images kept, in bytes: small pictures are then decoded once, large ones as they come.
+_CACHE_BYTES = 512 * 2**20
 _TOWERS_WITH_CLASS_TOKEN = {"clip_vision_model"}
 
 ImageInputs = Mapping[str, npt.NDArray[Any]]
@@ -55,19 +55,42 @@ def tokens_per_image(config: Any) -> int:
 
 
 class ModelInputs:
-    """Makes the inputs of the checkpoint in `model_dir`, whose configuration is `config`.
+    """Makes a model's inputs.
 
-    Raises `ConfigError` for a model that sees and has no image processor.
+    `loader` is None for a model that reads text only. `merge_size` is how many patches along each side one token of a
+    Qwen-VL is made of; without it every image becomes `tokens_per_image` tokens.
     """
 
-    def __init__(self, model_dir: Path, config: Any) -> None:
-        sees = hasattr(config, "vision_config")
-        self._placeholder: int = config.image_token_id if sees else -1
-        self._loader = load_pixels(model_dir) if sees else None
+    def __init__(
+        self,
+        *,
+        image_token_id: int | None,
+        loader: PixelLoader | None,
+        tokens_per_image: int = 0,
+        merge_size: int | None = None,
+    ) -> None:
+        self._placeholder = image_token_id
+        self._loader = loader
         # Only a family with images of many shapes needs to be told where they stand.
-        self._merge_size: int | None = getattr(config.vision_config, "spatial_merge_size", None) if sees else None
-        self._num_tokens = tokens_per_image(config) if sees and self._merge_size is None else 0
+        self._merge_size = merge_size
+        self._num_tokens = tokens_per_image
         self._cached: OrderedDict[str, ImageInputs] = OrderedDict()
+
+    @classmethod
+    def of_checkpoint(cls, model_dir: Path, config: Any) -> "ModelInputs":
+        """Of the checkpoint in `model_dir`, whose configuration is `config`.
+
+        Raises `ConfigError` for a model that sees and has no image processor.
+        """
+        if not hasattr(config, "vision_config"):
+            return cls(image_token_id=None, loader=None)
+        merge_size = getattr(config.vision_config, "spatial_merge_size", None)
+        return cls(
+            image_token_id=config.image_token_id,
+            loader=load_pixels(model_dir),
+            tokens_per_image=tokens_per_image(config) if merge_size is None else 0,
+            merge_size=merge_size,
+        )
 
     def expand(
         self, ids_S: npt.NDArray[np.integer], is_response_S: npt.NDArray[np.bool_], images: Sequence[bytes]
@@ -86,23 +109,30 @@ class ModelInputs:
 
     def batch(self, sequences: Sequence[Expanded], *, pad_id: int, model: Any) -> dict[str, Tensor]:
         """Arguments of `model` for sequences padded on the left and masked, on its device and in its type."""
+        return {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in self.padded(sequences, pad_id=pad_id, side="left").items()
+        }
+
+    def padded(
+        self, sequences: Sequence[Expanded], *, pad_id: int, side: Literal["left", "right"]
+    ) -> dict[str, Tensor]:
+        """The model's arguments by their names: `input_ids`, `attention_mask`, and what it reads of the images."""
         longest = max(len(sequence.ids_S) for sequence in sequences)
         ids_BS = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
         mask_BS = torch.zeros_like(ids_BS)
         for b, sequence in enumerate(sequences):
-            start = longest - len(sequence.ids_S)
-            ids_BS[b, start:] = torch.from_numpy(sequence.ids_S)
-            mask_BS[b, start:] = 1
+            length = len(sequence.ids_S)
+            place = slice(longest - length, longest) if side == "left" else slice(length)
+            ids_BS[b, place] = torch.from_numpy(sequence.ids_S)
+            mask_BS[b, place] = 1
         inputs = {"input_ids": ids_BS, "attention_mask": mask_BS}
-        if self._merge_size is not None:
+        if self._merge_size is not None and self._placeholder is not None:
             inputs["mm_token_type_ids"] = torch.eq(ids_BS, self._placeholder).int() * mask_BS.int()
         images = [image for sequence in sequences for image in sequence.images]
         for name in images[0] if images else ():
             inputs[name] = torch.from_numpy(np.concatenate([image[name] for image in images]))
-        return {
-            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
+        return inputs
 
     def _image(self, data: bytes) -> ImageInputs:
         assert self._loader is not None

@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +112,15 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     """Trains one stage to its end, resuming from its newest complete checkpoint. Returns its closing figures."""
     import torch
 
-    from logitlake_shared.pixels import image_processor_sha256, load_pixels
     from logitlake_shared.reader import LakeDataset, PairDataset
     from logitlake_shared.rendering import Renderer
     from logitlake_student.checkpoints import newest_checkpoint
-    from logitlake_student.data import PairCollator, SampleCollator, StudentInputs, check_student_fits, tokens_per_image
+    from logitlake_student.data import PairCollator, SampleCollator, StudentInputs, check_student_fits
+    from logitlake_student.model_inputs import ModelInputs
     from logitlake_student.models.assemble import save_student
     from logitlake_student.models.load import quiet_transformers
-    from logitlake_student.models.parts import projector_prefix, text_config
-    from logitlake_student.models.upcycle import parameter_report
+    from logitlake_student.models.parameters import parameter_report
+    from logitlake_student.models.parts import text_config
     from logitlake_student.objectives import check_targets_fit
     from logitlake_student.stages import freeze_for_stage
     from logitlake_student.trainer import StageTrainer, micro_batches
@@ -137,7 +137,6 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         start_dir = starting_checkpoint(config, run)
     model = starting_model(config, run, start_dir)
     trained = freeze_for_stage(model, stage.type)
-    sees_images = projector_prefix(model) is not None
 
     renderer = Renderer(start_dir)
     samples = LakeDataset(
@@ -149,10 +148,8 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     )
     check_student_fits(samples.spec, samples, renderer)
     inputs = StudentInputs(
+        ModelInputs.of_checkpoint(start_dir, model.config),
         pad_id=renderer.pad_id,
-        image_token_id=renderer.image_token_id,
-        tokens_per_image=tokens_per_image(model.config) if sees_images else 0,
-        load_pixels=load_pixels(start_dir) if image_processor_sha256(start_dir) is not None else None,
         context_length=getattr(text_config(model), "max_position_embeddings", None),
     )
     dataset: Any = samples
@@ -201,9 +198,10 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         "steps": stage.steps,
         "seconds": round(time.monotonic() - started, 1),
         "resumed_at_step": done_steps,
-        "params_total": parameters.params_total,
-        "params_active": parameters.params_active,
-        "params_trainable": parameters.params_trainable,
+        "params_total": parameters.total,
+        "params_active": parameters.active,
+        "params_trainable": parameters.trainable,
+        "parts": {name: asdict(part) for name, part in parameters.parts.items()},
         "tensors_trained": len(trained),
     }
     if is_first_rank():
@@ -271,6 +269,8 @@ def starting_model(config: TrainConfig, run: StageRun, start_dir: Path) -> Any:
             run.stage.num_experts_per_tok,
             run.stage.layers,
             router_seed=run.stage.router_seed,
+            shared_expert=run.stage.shared_expert,
+            expert_noise=run.stage.expert_noise,
         )
     return model.to(config.device)
 

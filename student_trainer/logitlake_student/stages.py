@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from logitlake_shared.errors import ConfigError
-from logitlake_student.models.parts import decoder_prefix, projector_prefix
+from logitlake_student.models.parts import decoder_prefix, projector_prefixes
 
 __all__ = ["STAGES", "Stage", "freeze_for_stage", "trainable_parameters"]
 
@@ -35,11 +35,11 @@ def trainable_parameters(model: Any, stage: Stage) -> list[tuple[str, nn.Paramet
     """
     if stage not in STAGES:
         raise ConfigError(f"stage: expected one of {list(STAGES)}, got {stage!r}")
-    projector = projector_prefix(model)
+    projector = projector_prefixes(model)
     decoder = decoder_prefix(model)
 
     def trains(name: str) -> bool:
-        if projector is not None and name.startswith(projector):
+        if name.startswith(projector):
             return True
         if stage == "init":
             return False

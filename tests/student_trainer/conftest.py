@@ -1,6 +1,5 @@
 """Tiny students built in code, so that no test waits for a file or a network; and a small lake to train them on."""
 
-import io
 import json
 import os
 import subprocess
@@ -11,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tomli_w
 import torch
-from PIL import Image
+from tests.tiny_models import noise_png
 
 from logitlake_student.config import TrainConfig
 
@@ -142,14 +140,6 @@ NUM_TRAIN = 13
 NUM_PAIRS = 6
 
 
-def noise_png(seed: int) -> bytes:
-    """A 32x32 picture of noise."""
-    pixels = np.random.default_rng(seed).integers(0, 256, size=(32, 32, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels, "RGB").save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="session")
 def student_checkpoint(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random dense student: the teacher's tokenizer and processor, half its width, 4 tokens an image
@@ -254,7 +244,7 @@ def captured(config: Any) -> None:
 
 @pytest.fixture(scope="session")
 def capture_samples(tiny_teacher: Path, student_data: Path) -> Callable[..., None]:
-    """`capture_samples(lake, cache, codec=..., ...)`: the records of `student_data` into a cache."""
+    """`capture_samples(lake, cache, codec=..., ...)`: the records of `student_data` into a cache; sections override."""
     from logitlake_teacher.config import CaptureConfig
 
     def capture(lake: Path, cache: str, **sections: Any) -> None:

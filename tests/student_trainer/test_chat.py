@@ -12,8 +12,7 @@ from tests.tiny_models import save_tiny_qwen_vl, save_tiny_text
 
 from logitlake_shared.data_formats import ImageRef
 from logitlake_shared.errors import ConfigError, DataError
-from logitlake_shared.reader import LakeDataset
-from logitlake_student.answers import Examinee, Prompt, greedy_answers, kl_to_teacher, load_examinee, stream_answer
+from logitlake_student.answers import Examinee, Prompt, greedy_answers, load_examinee, stream_answer
 from logitlake_student.chat import Chat, checkpoint_folder
 from logitlake_student.export.card import CardFacts
 from logitlake_student.export.checkpoint import export_checkpoint
@@ -106,13 +105,6 @@ def test_qwen_vl_answers_as_its_own_forward_pass(qwen_vl: Path) -> None:
             break
         said.append(token)
     assert stream(examinee, prompt)[1].text == examinee.renderer.decode(said)
-
-
-def test_qwen_vl_is_not_compared_with_a_lake(qwen_vl: Path, student_lake: Path) -> None:
-    """The batches of the trainer do not hold its images; a figure that is none is not given."""
-    dataset = LakeDataset(student_lake, "main", split="test")
-    with pytest.raises(ConfigError, match="'qwen3_vl_moe' cannot be compared with a lake's rows yet"):
-        kl_to_teacher(load_examinee(qwen_vl, "cpu"), dataset, batch_size=2, advance=lambda _: None)
 
 
 def test_a_stream_is_the_answer_in_pieces(teacher: Examinee) -> None:

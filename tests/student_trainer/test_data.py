@@ -1,5 +1,6 @@
 """Rows of the lake become batches: the order, the alignment, the padding, and what is refused before the first step."""
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,24 +9,24 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from logitlake_shared.errors import FingerprintMismatchError, TrainingError
-from logitlake_shared.pixels import load_pixels
 from logitlake_shared.reader import LakeDataset, PairDataset
 from logitlake_shared.reader.order import Layout
 from logitlake_shared.rendering import Renderer
 from logitlake_shared.topk import split
-from logitlake_student import data
+from logitlake_student import model_inputs
 from logitlake_student.data import (
     EpochOrder,
     PairCollator,
     SampleCollator,
     StudentInputs,
     check_student_fits,
-    tokens_per_image,
 )
 from logitlake_student.losses import TeacherBatch, distillation_loss
+from logitlake_student.model_inputs import ModelInputs, tokens_per_image
 from logitlake_student.models.forward import hidden_response_rows
 from logitlake_student.models.load import load_student
 
@@ -33,10 +34,28 @@ from logitlake_student.models.load import load_student
 SUM_TOLERANCE = 1e-3
 
 
-def inputs_of(**changes: Any) -> StudentInputs:
+class CountingLoader:
+    """Makes one pixel of each image and remembers how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def model_inputs(self, image: Image.Image) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+        self.asked.append(image.size)
+        return {"pixel_values": np.full((1, 3, 1, 1), image.width, np.float32)}
+
+
+def inputs_of(context_length: int | None = None, **changes: Any) -> StudentInputs:
     """Inputs with pad 0, placeholder 9, three tokens an image."""
-    settings: dict[str, Any] = {"pad_id": 0, "image_token_id": 9, "tokens_per_image": 3, "load_pixels": None}
-    return StudentInputs(**(settings | changes))
+    settings: dict[str, Any] = {"image_token_id": 9, "loader": CountingLoader(), "tokens_per_image": 3}
+    return StudentInputs(ModelInputs(**(settings | changes)), pad_id=0, context_length=context_length)
+
+
+def picture(width: int) -> bytes:
+    """An encoded image of one row."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, 1)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -48,13 +67,11 @@ def samples(student_lake: Path) -> LakeDataset:
 @pytest.fixture
 def real_inputs(student_checkpoint: Path) -> StudentInputs:
     """What the session's student takes."""
-    renderer = Renderer(student_checkpoint)
-    return inputs_of(
-        pad_id=renderer.pad_id,
-        image_token_id=renderer.image_token_id,
-        tokens_per_image=4,
-        load_pixels=load_pixels(student_checkpoint),
-    )
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(student_checkpoint)
+    pad_id = Renderer(student_checkpoint).pad_id
+    return StudentInputs(ModelInputs.of_checkpoint(student_checkpoint, config), pad_id=pad_id)
 
 
 # ---- order ----
@@ -88,12 +105,13 @@ def test_a_batch_done_by_hand() -> None:
     """Placeholders become three tokens, labels are the tokens after their rows, the shorter sequence is padded."""
     sequences = inputs_of().sequences(
         [
-            ([5, 9, 6], [3], [7, 1], [2], 1),  # 5 <9 9 9> 6 | 7 1
-            ([5, 6, 4], [2, 1], [8, 1, 3], [2, 1], 0),  # 5 6 | 8 1 | 4 | 3
-        ]
+            ([5, 9, 6], [3], [7, 1], [2], [picture(1)]),  # 5 <9 9 9> 6 | 7 1
+            ([5, 6, 4], [2, 1], [8, 1, 3], [2, 1], []),  # 5 6 | 8 1 | 4 | 3
+        ],
+        ["one", "two"],
     )
-    assert sequences.input_ids_BS.tolist() == [[5, 9, 9, 9, 6, 7, 1], [5, 6, 8, 1, 4, 3, 0]]
-    assert sequences.attention_mask_BS.tolist() == [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]]
+    assert sequences.inputs["input_ids"].tolist() == [[5, 9, 9, 9, 6, 7, 1], [5, 6, 8, 1, 4, 3, 0]]
+    assert sequences.inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]]
     assert sequences.label_ids_R.tolist() == [7, 1, 8, 1, 3]
     assert sequences.rows_R.tolist() == [4, 5, 7 + 1, 7 + 2, 7 + 4]
     assert sequences.sequence_R.tolist() == [0, 0, 1, 1, 1]
@@ -103,11 +121,11 @@ def test_labels_are_the_tokens_after_their_rows(samples: LakeDataset, real_input
     """On real rows of the lake: the token at row + 1 is the label, and the labels are the cached response."""
     chosen = [samples[position] for position in range(5)]
     batch = SampleCollator(real_inputs, samples.spec.codec)(chosen)
-    flat = batch["input_ids_BS"].flatten()
+    flat = batch["input_ids"].flatten()
     assert torch.equal(flat[batch["rows_R"] + 1], batch["label_ids_R"])
     assert batch["label_ids_R"].tolist() == [token for sample in chosen for token in sample.response_ids.tolist()]
     for place, sample in enumerate(chosen):
-        num_placeholders = int((batch["input_ids_BS"][place] == real_inputs._image_token_id).sum())
+        num_placeholders = int((batch["input_ids"][place] == real_inputs._model_inputs._placeholder).sum())
         assert num_placeholders == 4 * len(sample.images)
 
 
@@ -177,39 +195,33 @@ def test_pairs_stand_chosen_first_on_the_same_images(student_lake: Path, real_in
 # ---- images ----
 
 
-class CountingLoader:
-    """Makes one pixel of each image and remembers how often it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[bytes] = []
-
-    def __call__(self, images: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        self.asked += images
-        return np.full((len(images), 3, 1, 1), len(images[0]), np.float32)
+def pixels_of(inputs: StudentInputs, widths: Sequence[int]) -> list[float]:
+    """The first pixel of each of several images, shown together."""
+    ids = [9] * len(widths)
+    sequences = inputs.sequences([(ids, [len(ids)], [7], [1], [picture(width) for width in widths])], ["one"])
+    return sequences.inputs["pixel_values"][:, 0, 0, 0].tolist()
 
 
 def test_an_image_is_decoded_once_while_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache never holds more bytes than its bound; what fell out is decoded again, and nothing is mixed up."""
     loader = CountingLoader()
-    monkeypatch.setattr(data, "_PIXEL_CACHE_BYTES", 2 * 12)  # two images of three float32
-    inputs = inputs_of(load_pixels=loader)
-    for image in (b"a", b"bb", b"a", b"bb"):
-        pixels = inputs.pixels([image])
-        assert pixels is not None
-        assert pixels.flatten().tolist() == [len(image)] * 3
-    assert loader.asked == [b"a", b"bb"]
-    inputs.pixels([b"ccc", b"dddd"])
-    assert len(inputs._pixels) == 2
-    inputs.pixels([b"a"])
-    assert loader.asked == [b"a", b"bb", b"ccc", b"dddd", b"a"]
+    monkeypatch.setattr(model_inputs, "_CACHE_BYTES", 2 * 12)  # two images of three float32
+    inputs = inputs_of(loader=loader)
+    for width in (1, 2, 1, 2):
+        assert pixels_of(inputs, [width]) == [width]
+    assert loader.asked == [(1, 1), (2, 1)]
+    assert pixels_of(inputs, [3, 4]) == [3, 4]
+    assert len(inputs._model_inputs._cached) == 2
+    assert pixels_of(inputs, [1]) == [1]
+    assert loader.asked == [(1, 1), (2, 1), (3, 1), (4, 1), (1, 1)]
 
 
 def test_an_image_larger_than_the_cache_is_still_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is decoded each time and kept never."""
-    monkeypatch.setattr(data, "_PIXEL_CACHE_BYTES", 1)
-    inputs = inputs_of(load_pixels=CountingLoader())
-    assert inputs.pixels([b"a"]) is not None
-    assert not inputs._pixels
+    monkeypatch.setattr(model_inputs, "_CACHE_BYTES", 1)
+    inputs = inputs_of()
+    assert pixels_of(inputs, [5]) == [5]
+    assert not inputs._model_inputs._cached
 
 
 @torch.no_grad()
@@ -229,21 +241,15 @@ def test_tokens_per_image_are_the_features_of_the_tower(tiny_llava: Callable[...
 
 def test_an_image_for_a_student_without_a_tower_is_refused() -> None:
     """No silent loss of the picture."""
-    with pytest.raises(TrainingError, match="no vision tower"):
-        inputs_of().pixels([b"a"])
+    with pytest.raises(TrainingError, match=r"one: .* without a vision tower"):
+        pixels_of(inputs_of(loader=None), [1])
 
 
 def test_a_sample_over_the_context_is_named(samples: LakeDataset, real_inputs: StudentInputs) -> None:
     """Its id, its length and the student's, instead of positions the student never saw."""
     sample = samples[0]
     length = len(sample.prompt_ids) + len(sample.response_ids) + 3
-    settings = vars(real_inputs)
-    short = inputs_of(
-        image_token_id=settings["_image_token_id"],
-        tokens_per_image=4,
-        load_pixels=settings["_load_pixels"],
-        context_length=length - 1,
-    )
+    short = StudentInputs(real_inputs._model_inputs, pad_id=0, context_length=length - 1)
     with pytest.raises(TrainingError, match=rf"sample {sample.sample_id}: {length} positions .* made for {length - 1}"):
         SampleCollator(short, samples.spec.codec)([sample])
 

@@ -26,6 +26,7 @@ from logitlake_shared.rows import LakeSample
 from logitlake_shared.topk import TeacherRows, concatenate, encode, stored_error
 from logitlake_student.answers import Examinee, Prompt, greedy_answers, kl_to_teacher, load_examinee
 from logitlake_student.config import EvalConfig
+from logitlake_student.data import StudentInputs
 from logitlake_student.evaluate import examine, figures_of, read_questions, result_of
 from logitlake_student.metrics import mentions
 from logitlake_student.models.forward import hidden_response_rows
@@ -142,11 +143,20 @@ def response_logits(examinee: Examinee, rendered: Any, images: Sequence[bytes]) 
     """`logits_TV` of the response tokens of one conversation of one turn, from a plain forward pass."""
     ids_S = [*expanded(examinee, rendered.prompt_ids), *rendered.response_ids.tolist()]
     logits_SV = examinee.model(
-        input_ids=torch.tensor([ids_S]), pixel_values=examinee.inputs.pixels(images), use_cache=False
+        input_ids=torch.tensor([ids_S]), pixel_values=pixels_of(examinee, images), use_cache=False
     ).logits[0]
     num_tokens = len(rendered.response_ids)
     logits_TV: torch.Tensor = logits_SV[-num_tokens - 1 : -1, : examinee.renderer.vocab_size]
     return logits_TV
+
+
+def pixels_of(examinee: Examinee, images: Sequence[bytes]) -> torch.Tensor | None:
+    """What the tower reads of encoded images; None where there are none."""
+    if not images:
+        return None
+    ids_S = np.full(len(images), examinee.renderer.image_token_id)
+    made = examinee.model_inputs.expand(ids_S, np.zeros(len(ids_S), np.bool_), images).images
+    return torch.from_numpy(np.concatenate([image["pixel_values"] for image in made]))
 
 
 def expanded(examinee: Examinee, prompt_ids: Any) -> list[int]:
@@ -163,10 +173,15 @@ def by_heart(tmp_path: Path, data: Path, tiny_teacher: Path) -> Path:
     for record in read_llava(data / "test.json", data):
         rendered.append(examinee.renderer.render(record.messages))
         images += [image.load() for image in record.images]
-    sequences = examinee.inputs.sequences(
-        [(r.prompt_ids, r.prompt_lengths, r.response_ids, r.response_lengths, 1) for r in rendered]
+    inputs = StudentInputs(examinee.model_inputs, pad_id=examinee.renderer.pad_id)
+    sequences = inputs.sequences(
+        [
+            (r.prompt_ids, r.prompt_lengths, r.response_ids, r.response_lengths, [image])
+            for r, image in zip(rendered, images, strict=True)
+        ],
+        [f"record {number}" for number in range(len(rendered))],
     )
-    batch = vars(sequences) | {"pixel_values": examinee.inputs.pixels(images)}
+    batch = sequences.inputs | {"rows_R": sequences.rows_R}
     optimizer = torch.optim.AdamW(examinee.model.parameters(), lr=3e-3)
     for _ in range(MAX_STEPS):
         logits_RV = examinee.model.lm_head(hidden_response_rows(examinee.model, batch))
@@ -214,7 +229,7 @@ def slow_answer(examinee: Examinee, prompt: Prompt) -> str:
     """The twin: one prompt, no padding, no cache, the whole sequence again for every token."""
     messages, images = prompt
     ids = expanded(examinee, examinee.renderer.render_prompt(messages))
-    pixels = examinee.inputs.pixels([image.load() for image in images])
+    pixels = pixels_of(examinee, [image.load() for image in images])
     said: list[int] = []
     for _ in range(12):
         with torch.no_grad():

@@ -19,8 +19,9 @@ from logitlake_student.export.checkpoint import export_checkpoint
 from logitlake_student.export.gate import GateSample, check_export
 from logitlake_student.export.layout import canonical_name
 from logitlake_student.models.assemble import save_student
+from logitlake_student.models.parameters import parameter_report
 from logitlake_student.models.parts import routers
-from logitlake_student.models.upcycle import parameter_report, upcycle
+from logitlake_student.models.upcycle import upcycle
 
 # Reloading changes no bit of a float32 model.
 RELOAD_TOLERANCE = 0.0
@@ -113,9 +114,7 @@ def test_release_holds_files_and_card(tmp_path: Path, trained: Any) -> None:
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n")
     assert "# release\n" in card
     report = parameter_report(trained)
-    assert (
-        f"| parameters | {report.params_total:,} |\n| parameters a token meets | {report.params_active:,} |\n" in card
-    )
+    assert f"| parameters | {report.total:,} |\n| parameters a token meets | {report.active:,} |\n" in card
     assert "| experts | 4, 2 per token |\n" in card
     assert "| teacher | tiny\\|teacher |\n| lake snapshot | 3 |\n" in card
     assert "| d2d | steps 2, seed 0 |\n| d2s | steps 3, seed 1 |\n" in card

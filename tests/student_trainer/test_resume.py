@@ -18,7 +18,7 @@ import pytest
 from logitlake_shared.errors import ConfigError
 from logitlake_student import trainer as trainer_module
 from logitlake_student.models import assemble as assemble_module
-from logitlake_student.models import upcycle as upcycle_module
+from logitlake_student.models import parameters as parameters_module
 from logitlake_student.objectives import distillation as distillation_module
 
 # A training run that shows no progress for this long is broken, however busy the machine.
@@ -103,7 +103,7 @@ CRASH_POINTS: dict[str, tuple[Any, Callable[[pytest.MonkeyPatch, Any], None], in
     "before the second checkpoint has its name": (trainer_module, before("publish_folder", 2), 2),
     "before the checkpoint of the last step is pruned": (trainer_module, before("prune_checkpoints", 2), 4),
     "before the model has its name": (assemble_module, before("save_student"), 4),
-    "before the stage is done": (upcycle_module, before("parameter_report"), 4),
+    "before the stage is done": (parameters_module, before("parameter_report"), 4),
 }
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from logitlake_shared.errors import ConfigError
-from logitlake_shared.pixels import load_pixels
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
 from logitlake_student.config import TrainConfig
@@ -17,7 +16,7 @@ from logitlake_student.config.targets import EntropyWeights, VisualAdvantage
 from logitlake_student.data import SampleCollator, StudentInputs, token_weights
 from logitlake_student.losses.distillation import TeacherBatch
 from logitlake_student.losses.reference import distillation_loss_reference
-from logitlake_student.model_inputs import tokens_per_image
+from logitlake_student.model_inputs import ModelInputs
 from logitlake_student.models.forward import hidden_response_rows
 from logitlake_student.models.load import load_student
 
@@ -67,12 +66,7 @@ def all_rows(checkpoint: Path, lake: Path, temperature: Any, weights: Any) -> tu
     """The student's hidden rows and its head, and the teacher's rows, of all training samples at once."""
     model, renderer = load_student(checkpoint, dtype=torch.float32), Renderer(checkpoint)
     dataset = LakeDataset(lake, "main", split="train")
-    inputs = StudentInputs(
-        pad_id=renderer.pad_id,
-        image_token_id=renderer.image_token_id,
-        tokens_per_image=tokens_per_image(model.config),
-        load_pixels=load_pixels(checkpoint),
-    )
+    inputs = StudentInputs(ModelInputs.of_checkpoint(checkpoint, model.config), pad_id=renderer.pad_id)
     collate = SampleCollator(inputs, dataset.spec.codec, temperature, weights)
     batch = collate([dataset[place] for place in range(len(dataset))])
     with torch.no_grad():

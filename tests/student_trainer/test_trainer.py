@@ -133,25 +133,20 @@ def test_a_stage_changes_what_it_trains(student_world: Any, stage: dict[str, Any
 
 def initial_logprobs(world: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The untrained student's logprobs of all chosen and all rejected responses, one forward pass a response."""
-    from logitlake_shared.pixels import load_pixels
     from logitlake_student.data import PairCollator, StudentInputs
+    from logitlake_student.model_inputs import ModelInputs
 
     renderer = Renderer(world.checkpoint)
     model = load_student(world.checkpoint, dtype=torch.float32).eval()
-    inputs = StudentInputs(
-        pad_id=renderer.pad_id,
-        image_token_id=renderer.image_token_id,
-        tokens_per_image=4,
-        load_pixels=load_pixels(world.checkpoint),
-    )
+    inputs = StudentInputs(ModelInputs.of_checkpoint(world.checkpoint, model.config), pad_id=renderer.pad_id)
     dataset = PairDataset(world.lake, "preference")
     logprobs: list[torch.Tensor] = []
     for position in range(len(dataset)):
         batch = PairCollator(inputs)([dataset[position]])
         with torch.no_grad():
             hidden_BSH = model.model(
-                input_ids=batch["input_ids_BS"],
-                attention_mask=batch["attention_mask_BS"],
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
                 pixel_values=batch["pixel_values"],
             ).last_hidden_state
             logprobs.append(

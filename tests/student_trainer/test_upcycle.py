@@ -5,14 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tests.tiny_models import noise_png, save_tiny_qwen_vl
 from torch import Tensor
 
 from logitlake_shared.errors import ConfigError
+from logitlake_student.model_inputs import ModelInputs
 from logitlake_student.models.assemble import assemble_llava, save_assembled, save_student
-from logitlake_student.models.parts import routers
-from logitlake_student.models.upcycle import parameter_report, sparse_layers, upcycle
+from logitlake_student.models.parameters import PartReport, parameter_report
+from logitlake_student.models.parts import decoder, routers
+from logitlake_student.models.upcycle import sparse_layers, upcycle
 
 # Four layers of float32 products; the experts' weighted sum is rounded where the dense layer's output was
 # not. Logits are of order 10.
@@ -36,6 +40,98 @@ def test_upcycled_equals_dense_at_start(
     assert float(expected.std()) > 1.0  # or else any two models would agree
     torch.testing.assert_close(logits_of(sparse, llava_batch), expected, rtol=0, atol=LOGITS_ATOL)
     assert list(routers(sparse)) == sparse_layers(layers, 4)
+
+
+def dense_student(kind: str, tiny_llava: Callable[..., Any], tmp_path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """A dense student with something to look at: a LLaVA of some language model, a Qwen3-VL, or a text-only one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    whole, _, text_type = kind.partition(" ")
+    generator = torch.Generator().manual_seed(7)
+    if whole == "llava":
+        ids_BS = torch.randint(2, 50, (2, 24), generator=generator)
+        ids_BS[:, 1:17] = 60
+        pixels = torch.randn(2, 3, 16, 16, generator=generator)
+        batch = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS), "pixel_values": pixels}
+        return tiny_llava(text_type), batch
+    if whole == "text":
+        model = AutoModelForCausalLM.from_config(tiny_llava(text_type).config.text_config).eval()
+        ids_BS = torch.randint(2, 50, (2, 12), generator=generator)
+        return model, {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)}
+    save_tiny_qwen_vl(tmp_path / "dense")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense").eval()
+    inputs = ModelInputs.of_checkpoint(tmp_path / "dense", model.config)
+    image = model.config.image_token_id
+    ids_S, is_response_S = np.array([5, image, 7, 8, 9, 10]), np.zeros(6, np.bool_)
+    sequences = [inputs.expand(ids_S, is_response_S, [noise_png(place)]) for place in range(2)]
+    return model, inputs.batch(sequences, pad_id=0, model=model)
+
+
+KINDS = ["llava qwen2", "llava qwen3", "llava llama", "qwen3_vl", "text qwen2", "text qwen3", "text llama"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_starts_as_the_dense_student(kind: str, tiny_llava: Callable[..., Any], tmp_path: Path) -> None:
+    """Same logits, whatever the routers choose, and the same again from disk through stock classes."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    dense, batch = dense_student(kind, tiny_llava, tmp_path)
+    expected = logits_of(dense, batch)
+    assert float(expected.std()) > 0.5  # or else any two models would agree
+    sparse = upcycle(dense, 4, 2, "all", router_seed=3)
+    assert len(routers(sparse)) == len(decoder(sparse).layers)
+    torch.testing.assert_close(logits_of(sparse, batch), expected, rtol=0, atol=LOGITS_ATOL)
+    for router in routers(sparse).values():
+        with torch.no_grad():
+            router.weight.copy_(router.weight.flip(0) * 3)
+    torch.testing.assert_close(logits_of(sparse, batch), expected, rtol=0, atol=LOGITS_ATOL)
+    sparse.save_pretrained(tmp_path / "sparse")
+    auto = AutoModelForCausalLM if kind.startswith("text") else AutoModelForImageTextToText
+    loaded, info = auto.from_pretrained(tmp_path / "sparse", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(logits_of(loaded.eval(), batch), logits_of(sparse, batch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["llava qwen2", "qwen3_vl", "text qwen3"])
+def test_dense_layers_stay_where_the_family_interleaves(
+    kind: str, tiny_llava: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Every other layer, beginning with the first."""
+    dense, batch = dense_student(kind, tiny_llava, tmp_path)
+    sparse = upcycle(dense, 4, 2, router_seed=3)
+    assert list(routers(sparse)) == list(range(0, len(decoder(dense).layers), 2))
+    torch.testing.assert_close(logits_of(sparse, batch), logits_of(dense, batch), rtol=0, atol=LOGITS_ATOL)
+
+
+def test_a_shared_expert_is_the_dense_network_and_the_others_give_half(
+    tiny_llava: Callable[..., Any], tmp_path: Path
+) -> None:
+    """sigmoid(0) = 1/2 of the shared expert and half of the others: the dense layer. Without the option, the expert
+    that the architecture has all the same gives nothing."""
+    dense, batch = dense_student("llava qwen2", tiny_llava, tmp_path)
+    shared = upcycle(dense, 4, 2, "all", router_seed=3, shared_expert=True)
+    torch.testing.assert_close(logits_of(shared, batch), logits_of(dense, batch), rtol=0, atol=LOGITS_ATOL)
+    block, ffn = decoder(shared).layers[1].mlp, decoder(dense).layers[1].mlp
+    assert torch.equal(block.shared_expert.down_proj.weight, ffn.down_proj.weight)
+    assert torch.equal(block.experts.down_proj[2], ffn.down_proj.weight / 2)
+    without = decoder(upcycle(dense, 4, 2, "all", router_seed=3)).layers[1].mlp
+    assert not without.shared_expert.down_proj.weight.any()
+    assert torch.equal(without.experts.down_proj[2], ffn.down_proj.weight)
+
+
+def test_noise_tells_the_experts_apart(tiny_llava: Callable[..., Any]) -> None:
+    """Each expert moves by its own draws, of the asked size; the same seed draws the same, and 0 is none."""
+    dense = tiny_llava()
+    moved, again = (upcycle(dense, 4, 2, "all", router_seed=3, expert_noise=0.01) for _ in range(2))
+    ffn = decoder(dense).layers[0].mlp.down_proj.weight
+    experts, same = decoder(moved).layers[0].mlp.experts.down_proj, decoder(again).layers[0].mlp.experts.down_proj
+    assert torch.equal(experts, same)
+    moves = (experts - ffn).detach()
+    five_sigma = 5 / math.sqrt(2 * ffn.numel())  # of a standard deviation estimated from that many normals
+    for expert in range(4):
+        assert float(moves[expert].std() / ffn.detach().std()) == pytest.approx(0.01, rel=five_sigma)
+    assert float(torch.corrcoef(moves.flatten(1)).fill_diagonal_(0).abs().max()) < 5 / math.sqrt(ffn.numel())
 
 
 def test_upcycled_equals_dense_without_images(tiny_llava: Callable[..., Any], llava_batch: dict[str, Tensor]) -> None:
@@ -129,11 +225,20 @@ def test_parameter_report_by_hand(tiny_llava: Callable[..., Any]) -> None:
     sparse = upcycle(dense, 4, 2, "every_other", router_seed=3)
     before, after = parameter_report(dense), parameter_report(sparse)
     ffn, router = 3 * 64 * 96, 4 * 64
-    assert before.params_total == before.params_active == dense.num_parameters()
-    assert before.params_trainable == 0
-    assert after.params_total == before.params_total + 2 * (3 * ffn + router)
-    assert after.params_active == before.params_total + 2 * (1 * ffn + router)
-    assert after.params_trainable == after.params_total
+    assert before.total == before.active == dense.num_parameters()
+    assert before.trainable == 0
+    assert after.total == before.total + 2 * (3 * ffn + router)
+    assert after.active == before.total + 2 * (1 * ffn + router)
+    assert after.trainable == after.total
+    # Attention: q and o 64 x 64, k and v 32 x 64, norms of 32 for q and k; norms: two a layer and the last one.
+    assert after.parts["attention"] == PartReport(*[4 * (2 * 64 * 64 + 2 * 32 * 64 + 2 * 32)] * 3)
+    assert after.parts["norms"] == PartReport(*[(2 * 4 + 1) * 64] * 3)
+    assert after.parts["embeddings"] == PartReport(*[64 * 64] * 3)
+    assert after.parts["projector"] == PartReport(*[32 * 64 + 64 + 64 * 64 + 64] * 3)
+    assert after.parts["dense FFN"] == PartReport(*[2 * ffn] * 3)
+    assert after.parts["experts"] == PartReport(2 * 4 * ffn, 2 * 2 * ffn, 2 * 4 * ffn)
+    assert after.parts["routers"] == PartReport(*[2 * router] * 3)
+    assert "head" not in after.parts  # tied
 
 
 def test_sparse_layers_of_an_odd_stack() -> None:
@@ -150,8 +255,14 @@ def test_impossible_layers_are_refused(layers: Any) -> None:
 
 
 def test_impossible_upcycling_is_refused(tiny_llava: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match="type 'llama' has no sparse sibling"):
+    with pytest.raises(ConfigError, match="type 'gemma' has no sparse sibling"):
+        upcycle(tiny_llava("gemma"), 4, 2, router_seed=0)
+    with pytest.raises(ConfigError, match=r"every layer of mixtral is sparse, got dense layers \[1, 3\]"):
         upcycle(tiny_llava("llama"), 4, 2, router_seed=0)
+    with pytest.raises(ConfigError, match="biases in its attention"):
+        upcycle(tiny_llava("llama", attention_bias=True), 4, 2, "all", router_seed=0)
+    with pytest.raises(ConfigError, match="qwen3_moe has no shared expert"):
+        upcycle(tiny_llava(), 4, 2, router_seed=0, shared_expert=True)
     with pytest.raises(ConfigError, match="num_experts_per_tok=5"):
         upcycle(tiny_llava(), 4, 5, router_seed=0)
     with pytest.raises(ConfigError, match="at least 2 experts"):

@@ -99,7 +99,11 @@ class D2SStage(_DistillationStage):
     layers: Literal["every_other", "all", "first_half", "second_half"] | tuple[int, ...] = "every_other"
     """which layers become sparse"""
     router_seed: int = 0
-    """seed of the fresh routers"""
+    """seed of the fresh routers, and of the experts' noise"""
+    shared_expert: bool = False
+    """keep an expert that every token sees in each sparse layer; a Qwen2 student only"""
+    expert_noise: float = Field(default=0.0, ge=0)
+    """standard deviation of what each expert's weights are moved by at the start, over that of the weights"""
     balance_weight: float = Field(default=0.01, ge=0)
     """weight of the load-balancing loss: mean over layers, frequencies of the global batch"""
     z_loss_weight: float = Field(default=0.0, ge=0)

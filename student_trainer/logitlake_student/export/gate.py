@@ -87,7 +87,7 @@ def check_export(
             required.
     """
     check_samples(samples)
-    inputs = ModelInputs(export_dir, trained.config)
+    inputs = ModelInputs.of_checkpoint(export_dir, trained.config)
     expanded = [inputs.expand(sample.ids_S, sample.is_response_S, sample.images) for sample in samples]
     expected = [response_logprobs(trained, inputs, sequence) for sequence in expanded]
     report: dict[str, Any] = {"transformers": "skipped: it reads this layout wrong", "vllm": "skipped"}

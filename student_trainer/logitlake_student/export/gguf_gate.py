@@ -176,7 +176,7 @@ def _tokenizer(model_dir: Path) -> Any:
 def _check_in_llama_cpp(
     file: Path, model_dir: Path, student: Any, samples: Sequence[GateSample], tolerance: float
 ) -> dict[str, Any]:
-    inputs = ModelInputs(model_dir, student.config)
+    inputs = ModelInputs.of_checkpoint(model_dir, student.config)
     tokenizer = _tokenizer(model_dir)
     sequences = [inputs.expand(sample.ids_S, sample.is_response_S, sample.images) for sample in samples]
     # Twice the longest: its text may be cut into other, more tokens than it was made of.

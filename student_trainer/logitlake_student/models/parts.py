@@ -1,23 +1,33 @@
 """Where things are inside a student: one place that knows the attribute paths of transformers' classes.
 
-A student is a `LlavaForConditionalGeneration` (vision tower, projector, language model, head) or a plain
-causal language model (no tower, no projector). Everything else in this package asks here.
+A student is a `LlavaForConditionalGeneration` (vision tower, projector, language model, head), a Qwen-VL (whose
+projector are the mergers of its vision tower) or a plain causal language model (no tower, no projector). Everything
+else in this package asks here.
 """
 
 from typing import Any
 
 from torch import nn
 
-__all__ = ["decoder", "decoder_prefix", "projector_prefix", "routers", "text_config"]
+__all__ = ["PARTS", "decoder", "decoder_prefix", "part_of", "projector_prefixes", "routers", "text_config"]
 
-_ROUTER_PATHS = {"qwen3_moe": "mlp.gate"}
+_ROUTER_PATHS = dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text"), "mlp.gate")
 """By text model type, where a sparse decoder layer keeps its router."""
 
-_MULTIMODAL_TYPES = {"llava"}
+_QWEN_MERGERS = ("model.visual.merger.", "model.visual.deepstack_merger_list.")
+
+_PROJECTORS = {
+    "llava": ("model.multi_modal_projector.",),
+    "qwen2_vl": _QWEN_MERGERS,
+    "qwen2_5_vl": _QWEN_MERGERS,
+    "qwen3_vl": _QWEN_MERGERS,
+    "qwen3_vl_moe": _QWEN_MERGERS,
+}
+"""By model type of the whole: what the parameter names of the projector begin with."""
 
 
 def _is_multimodal(model: Any) -> bool:
-    return model.config.model_type in _MULTIMODAL_TYPES
+    return model.config.model_type in _PROJECTORS
 
 
 def text_config(model: Any) -> Any:
@@ -35,9 +45,9 @@ def decoder_prefix(model: Any) -> str:
     return "model.language_model." if _is_multimodal(model) else "model."
 
 
-def projector_prefix(model: Any) -> str | None:
-    """What the parameter names of the projector begin with; None for a model without images."""
-    return "model.multi_modal_projector." if _is_multimodal(model) else None
+def projector_prefixes(model: Any) -> tuple[str, ...]:
+    """What the parameter names of the projector begin with; nothing for a model without images."""
+    return _PROJECTORS.get(model.config.model_type, ())
 
 
 def routers(model: Any) -> dict[int, nn.Module]:
@@ -52,3 +62,28 @@ def routers(model: Any) -> dict[int, nn.Module]:
         if router is not None:
             found[index] = router
     return found
+
+
+PARTS = ("vision tower", "projector", "embeddings", "attention", "dense FFN", "experts", "routers", "norms", "head")
+"""What the parameters of a student belong to."""
+
+
+def part_of(model: Any, name: str) -> str:
+    """The one of `PARTS` that the parameter of this name belongs to. A tied head goes by the embedding's name."""
+    if name.startswith(projector_prefixes(model)):
+        return "projector"
+    if name.startswith("lm_head."):
+        return "head"
+    prefix = decoder_prefix(model)
+    if not name.startswith(prefix):
+        return "vision tower"
+    inside = name.removeprefix(prefix)
+    if inside.startswith("embed_tokens."):
+        return "embeddings"
+    if ".self_attn." in inside:
+        return "attention"
+    if ".mlp.gate." in inside:
+        return "routers"
+    if ".mlp.experts." in inside or ".mlp.shared_expert" in inside:
+        return "experts"
+    return "dense FFN" if ".mlp." in inside else "norms"

@@ -89,6 +89,7 @@ def _float32_router_forward(router: Any, hidden_states: Tensor) -> tuple[Tensor,
     with torch.autocast(hidden_NH.device.type, enabled=False):
         logits_NE = F.linear(hidden_NH.float(), router.weight.float())
         weights_Nk, expert_ids_Nk = torch.softmax(logits_NE, dim=-1).topk(router.top_k, dim=-1)
-        if router.norm_topk_prob:
+        # Mixtral's and Qwen3-VL-MoE's have no switch: they normalise.
+        if getattr(router, "norm_topk_prob", True):
             weights_Nk = weights_Nk / weights_Nk.sum(dim=-1, keepdim=True)
     return logits_NE, weights_Nk.to(hidden_states.dtype), expert_ids_Nk

@@ -75,7 +75,7 @@ class StudentStep(nn.Module):
                 surveyed = self.objective.survey(self.student, batch)
             else:
                 loss_sum, sums = self.objective(self.student, batch, totals)
-        mask_N = batch["attention_mask_BS"].flatten().bool()
+        mask_N = batch["attention_mask"].flatten().bool()
         logits = recorder.logits() if recorder is not None else []
         if totals is None:
             return surveyed | (_as_sums(self.routing.count(logits, mask_N)) if self.routing is not None else {})
