@@ -122,6 +122,7 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     from logitlake_student.models.parameters import parameter_report
     from logitlake_student.models.parts import text_config
     from logitlake_student.objectives import check_targets_fit
+    from logitlake_student.sharding import whole
     from logitlake_student.stages import freeze_for_stage
     from logitlake_student.trainer import StageTrainer, micro_batches
 
@@ -185,6 +186,7 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
             run.folder,
             vocab_size=renderer.vocab_size,
             device=config.device,
+            shards=config.data_parallel == "fsdp",
             advance=advance,
         )
         if is_first_rank():
@@ -204,10 +206,11 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         "parts": {name: asdict(part) for name, part in parameters.parts.items()},
         "tensors_trained": len(trained),
     }
+    weights = whole(model.state_dict(keep_vars=True).items())
     if is_first_rank():
         building = run.folder / ".model"
         shutil.rmtree(building, ignore_errors=True)
-        save_student(model, building, files_from=start_dir)
+        save_student(model, building, files_from=start_dir, weights=weights)
         shutil.rmtree(run.model, ignore_errors=True)
         building.rename(run.model)
         _write_atomically(run.folder / DONE, {"identity": run.identity, "figures": figures})

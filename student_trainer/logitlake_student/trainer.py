@@ -17,7 +17,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,18 +42,22 @@ from logitlake_student.objectives import (
 )
 from logitlake_student.objectives.sums import add, sum_over_ranks
 from logitlake_student.ranks import is_first_rank, wait_for_ranks, world_size
+from logitlake_student.sharding import copy_whole, load_optimizer_state, optimizer_state, shard, whole
 
 __all__ = ["StageTrainer", "micro_batches"]
 
 METRICS = "metrics.jsonl"
 _TRAINABLE = "trainable.safetensors"
+_OPTIMIZER = "optimizer.pt"
+_SCHEDULER = "scheduler.pt"
 _KEPT_CHECKPOINTS = 2
 
 
 class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """Trains `model` (already frozen for its stage) on `dataset` under one stage's configuration.
 
-    `advance(1, **figures)` is called after every step. Raises `TrainingError` on a loss that is not finite.
+    With `shards`, several ranks hold a part of the student each. `advance(1, **figures)` is called after every step.
+    Raises `TrainingError` on a loss that is not finite.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         *,
         vocab_size: int,
         device: str,
+        shards: bool,
         advance: Callable[..., None],
     ) -> None:
         accumulated = micro_batches(stage, world_size())
@@ -95,12 +100,16 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             remove_unused_columns=False,
             dataloader_pin_memory=device != "cpu",
             ddp_backend=None if world_size() == 1 else "gloo" if device == "cpu" else "nccl",
-            # A rank whose samples hold no image does not use the projector.
-            ddp_find_unused_parameters=True,
+            ddp_find_unused_parameters=False,
         )
         step = StudentStep(model, _objective_of(stage, model, vocab_size), _routing_of(stage, model))
         super().__init__(model=step, args=arguments, train_dataset=dataset, data_collator=collate)
         self.loss_is_scaled_for_ga = True
+        if shards and world_size() > 1:
+            shard(step, model, "cpu" if device == "cpu" else "cuda")
+            # Trainer's name for a model that reduces its gradients itself. Said only now, since its constructor refuses
+            # to checkpoint such a model; ours are whole.
+            self.is_distributed_loading_by_transformers = True
         self.remove_callback(PrinterCallback)
         self.add_callback(_Progress(advance, self._latest))
         self._shown: dict[str, Any] = {}
@@ -214,11 +223,13 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             publish_folder(building / name, self._stage_dir / name)
             prune_checkpoints(self._stage_dir, _KEPT_CHECKPOINTS)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The trainable tensors; what is frozen is where the stage began."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(_trainable(self.model.student), folder / _TRAINABLE)
+        trainable = whole(_trainable(self.model.student).items())
+        if is_first_rank():
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(trainable, folder / _TRAINABLE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / _TRAINABLE)
@@ -228,9 +239,29 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 f"{resume_from_checkpoint}: holds other trainable tensors than stage {self._stage.type} trains: "
                 f"{sorted(saved.keys() ^ target.keys())[:4]}; remove {self._stage_dir} to train the stage again"
             )
-        with torch.no_grad():
-            for name, tensor in saved.items():
-                target[name].copy_(tensor)
+        for name, tensor in saved.items():
+            copy_whole(target[name], tensor)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = optimizer_state(self.model, self._torch_optimizer())
+        if is_first_rank():
+            torch.save(state, Path(output_dir) / _OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (_OPTIMIZER, _SCHEDULER)
+        )
+        load_optimizer_state(self.model, self._torch_optimizer(), state)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """Without accelerate's wrapper."""
+        inside: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        return cast(torch.optim.Optimizer, inside)
 
 
 def micro_batches(stage: StageConfig, num_ranks: int) -> int:

@@ -28,13 +28,13 @@ STAGES: list[dict[str, Any]] = [
 WHOLE = [stage | {"micro_batch_size": stage.get("batch_size", 4)} for stage in STAGES]
 
 
-def train_on_two_ranks(world: Any, config: Path) -> None:
+def train_on_two_ranks(world: Any, config: Path, *overrides: str) -> None:
     """`torchrun` on the loopback interface, as a user would start it."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
             *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
-            *("-m", "logitlake_student.cli", "train", str(config)),
+            *("-m", "logitlake_student.cli", "train", str(config), *overrides),
         ],
         capture_output=True,
         text=True,
@@ -63,19 +63,20 @@ def assert_same_steps(one: Path, other: Path, metrics_of: Metrics) -> None:
         assert float(apart.mean()) <= MEAN_WEIGHT_TOLERANCE
 
 
-def test_two_ranks_take_the_steps_of_one_process(student_world: Any, metrics_of: Metrics) -> None:
+@pytest.mark.parametrize("data_parallel", ["ddp", "fsdp"])
+def test_two_ranks_take_the_steps_of_one_process(student_world: Any, metrics_of: Metrics, data_parallel: str) -> None:
     """Losses, balance over the global batch, the baseline of `kto_pair`, gradient norms and weights; and they go on
     from a checkpoint that one process left, with its batches."""
     alone = student_world.folder / "alone"
     student_world.train(student_world.train_config(*WHOLE, output=str(alone)))
     # One process stops after the first checkpoint of d2d; two ranks finish that stage and do the others.
-    begun = student_world.train_config(*STAGES)
+    begun = student_world.train_config(*STAGES, data_parallel=data_parallel)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("logitlake_student.trainer.prune_checkpoints", _stop)
         with pytest.raises(StoppedError):
             student_world.train(begun)
     assert (student_world.output / "d2d" / "checkpoint-2").is_dir()
-    train_on_two_ranks(student_world, student_world.file(*STAGES))
+    train_on_two_ranks(student_world, student_world.file(*STAGES, data_parallel=data_parallel))
     assert_same_steps(alone, student_world.output, metrics_of)
 
 

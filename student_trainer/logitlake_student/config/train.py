@@ -43,6 +43,9 @@ class TrainConfig(StrictModel):
     """one `[[stages]]` table a stage, in the order init, d2d, d2s, preference; any may be left out"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the student trains"""
+    data_parallel: Literal["ddp", "fsdp"] = "ddp"
+    """what each of several ranks holds: `ddp` all of the student, `fsdp` a part of its decoder's weights, gradients and
+    optimiser state; one rank holds all of it"""
     rank_timeout_s: float = Field(default=1800.0, gt=0)
     """seconds for which a rank may say nothing before the others give up"""
     num_threads: int | None = Field(default=None, gt=0)

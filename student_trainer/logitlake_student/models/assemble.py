@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from logitlake_shared.errors import ConfigError
 
@@ -117,9 +118,12 @@ def _initialise_projector(projector: Any, seed: int) -> None:
         linear.bias.uniform_(-bound, bound, generator=generator)
 
 
-def save_student(model: Any, out_dir: Path, *, files_from: Path) -> None:
-    """Saves a student with the tokenizer and processor files of the checkpoint that it came from."""
-    model.save_pretrained(out_dir)
+def save_student(model: Any, out_dir: Path, *, files_from: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Saves a student with the tokenizer and processor files of the checkpoint that it came from.
+
+    `weights` are its state where the model itself holds a part only.
+    """
+    model.save_pretrained(out_dir, state_dict=weights)
     copy_processor_files([files_from], out_dir)
 
 

@@ -9,7 +9,17 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["PARTS", "decoder", "decoder_prefix", "part_of", "projector_prefixes", "routers", "text_config"]
+__all__ = [
+    "PARTS",
+    "decoder",
+    "decoder_prefix",
+    "part_of",
+    "projector_parameters",
+    "projector_prefixes",
+    "routers",
+    "text_config",
+    "vision_parameters",
+]
 
 _ROUTER_PATHS = dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text"), "mlp.gate")
 """By text model type, where a sparse decoder layer keeps its router."""
@@ -48,6 +58,16 @@ def decoder_prefix(model: Any) -> str:
 def projector_prefixes(model: Any) -> tuple[str, ...]:
     """What the parameter names of the projector begin with; nothing for a model without images."""
     return _PROJECTORS.get(model.config.model_type, ())
+
+
+def vision_parameters(model: Any) -> list[nn.Parameter]:
+    """The parameters of the vision tower; none of a model without images."""
+    return [parameter for name, parameter in model.named_parameters() if part_of(model, name) == "vision tower"]
+
+
+def projector_parameters(model: Any) -> list[nn.Parameter]:
+    """The parameters of the projector; none of a model without images."""
+    return [parameter for name, parameter in model.named_parameters() if part_of(model, name) == "projector"]
 
 
 def routers(model: Any) -> dict[int, nn.Module]:
