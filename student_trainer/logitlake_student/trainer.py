@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import click
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -51,6 +52,8 @@ _TRAINABLE = "trainable.safetensors"
 _OPTIMIZER = "optimizer.pt"
 _SCHEDULER = "scheduler.pt"
 _KEPT_CHECKPOINTS = 2
+# Of the greatest violation that there is: k experts take everything.
+_COLLAPSED = 0.9
 
 
 class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -78,6 +81,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._sums: dict[str, float] = defaultdict(float)
         self._routing: RoutingSums | None = None
         self._staging: Path | None = None
+        self._alerted = False
         arguments = TrainingArguments(
             output_dir=str(stage_dir),
             max_steps=stage.steps,
@@ -173,6 +177,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         record["grad_norm"], record["learning_rate"] = logs["grad_norm"], logs["learning_rate"]
         if self._routing is not None:
             record["experts"] = self._experts(self._routing)
+            if alerts := self._alert(step, record["experts"]):
+                record["alerts"] = alerts
         self._sums.clear()
         self._routing = None
         self._shown = {name: f"{record[name]:.3g}" for name in ("loss", "forward_kl", "margin") if name in record}
@@ -182,19 +188,42 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _experts(self, told: RoutingSums) -> list[dict[str, Any]]:
         counts = told.counts
-        sums = sum_over_ranks({"assigned": counts.assigned_LE, "tokens": counts.num_tokens, "entropy": told.entropy_L})
-        layers = routing_statistics(
-            ExpertCounts(sums["assigned"], sums["tokens"]), sums["entropy"], self.model.routing.num_experts_per_tok
+        sums = sum_over_ranks(
+            {
+                "assigned": counts.assigned_LE,
+                "tokens": counts.num_tokens,
+                "entropy": told.entropy_L,
+                "dropped": told.dropped_L,
+            }
         )
+        num_choices = self.model.routing.num_experts_per_tok
+        layers = routing_statistics(ExpertCounts(sums["assigned"], sums["tokens"]), sums["entropy"], num_choices)
+        dropped = (sums["dropped"] / (sums["tokens"] * num_choices)).tolist()
         return [
             {
                 "load": layer.load_E.tolist(),
                 "entropy": layer.entropy,
                 "max_violation": layer.max_violation,
                 "dead": layer.num_dead,
+                "dropped": share,
             }
-            for layer in layers
+            for layer, share in zip(layers, dropped, strict=True)
         ]
+
+    def _alert(self, step: int, experts: list[dict[str, Any]]) -> list[str]:
+        """What is wrong with the routing, told once a stage on the terminal and in every line of metrics."""
+        alerts = []
+        for place, layer in enumerate(experts):
+            most = len(layer["load"]) / self.model.routing.num_experts_per_tok - 1
+            if layer["dead"]:
+                alerts.append(f"sparse layer {place}: {layer['dead']} of {len(layer['load'])} experts got no token")
+            elif most and layer["max_violation"] >= _COLLAPSED * most:
+                alerts.append(f"sparse layer {place}: nearly all tokens go to the same experts")
+        if alerts and not self._alerted and is_first_rank():
+            self._alerted = True
+            message = f"stage {self._stage.type}, step {step}: {alerts[0]}; raise `balance_weight`, or lower the "
+            click.echo(f"warning: {message}learning rate ({METRICS} says how it goes on)", err=True)
+        return alerts
 
     def _latest(self) -> dict[str, Any]:
         return self._shown
@@ -288,7 +317,7 @@ def _routing_of(stage: StageConfig, student: Any) -> RoutingObjective | None:
     if not isinstance(stage, D2SStage | PreferenceStage) or not hasattr(config, "num_experts_per_tok"):
         return None
     z_loss_weight = stage.z_loss_weight if isinstance(stage, D2SStage) else 0.0
-    return RoutingObjective(stage.balance_weight, z_loss_weight, config.num_experts_per_tok)
+    return RoutingObjective(stage.balance_weight, z_loss_weight, config.num_experts_per_tok, stage.capacity_factor)
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

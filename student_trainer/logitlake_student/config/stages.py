@@ -108,6 +108,8 @@ class D2SStage(_DistillationStage):
     """weight of the load-balancing loss: mean over layers, frequencies of the global batch"""
     z_loss_weight: float = Field(default=0.0, ge=0)
     """weight of the router z-loss"""
+    capacity_factor: float | None = Field(default=None, gt=0)
+    """even shares of a forward pass's tokens that an expert takes in training before it drops the rest; default: all"""
 
 
 class PreferenceStage(_Stage):
@@ -129,6 +131,8 @@ class PreferenceStage(_Stage):
     """divide each response's logprob by its tokens before the loss"""
     balance_weight: float = Field(default=0.01, ge=0)
     """weight of the load-balancing loss: mean over layers, frequencies of the global batch"""
+    capacity_factor: float | None = Field(default=None, gt=0)
+    """even shares of a forward pass's tokens that an expert takes in training before it drops the rest; default: all"""
 
 
 StageConfig = Annotated[InitStage | D2DStage | D2SStage | PreferenceStage, Field(discriminator="type")]

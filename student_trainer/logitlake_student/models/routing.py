@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitlake_shared.errors import TrainingError
+from logitlake_student.models.capacity import Capacity, choose_within_capacity
 from logitlake_student.models.parts import routers
 
-__all__ = ["RouterRecorder", "compute_routers_in_float32"]
+__all__ = ["RouterRecorder", "compute_routers_in_float32", "limit_experts"]
 
 
 class RouterRecorder:
@@ -38,6 +39,7 @@ class RouterRecorder:
     def __init__(self, model: Any) -> None:
         self._routers = routers(model)
         self._logits: dict[int, Tensor] = {}
+        self._dropped: dict[int, Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "RouterRecorder":
@@ -45,6 +47,7 @@ class RouterRecorder:
 
             def keep(_module: Any, _inputs: Any, output: tuple[Tensor, ...], layer: int = layer) -> None:
                 self._logits.setdefault(layer, output[0].float())
+                self._dropped.setdefault(layer, output[1].detach().eq(0))
 
             self._hooks.append(router.register_forward_hook(keep))
         return self
@@ -68,9 +71,27 @@ class RouterRecorder:
             )
         return [self._logits[layer] for layer in self._routers]
 
+    def dropped(self) -> list[Tensor]:
+        """bool [N, k] of each sparse layer in order: choices of an expert that was full. See `limit_experts`."""
+        self.logits()
+        return [self._dropped[layer] for layer in self._routers]
+
     def clear(self) -> None:
         """Forgets what was recorded, for the next forward."""
         self._logits.clear()
+        self._dropped.clear()
+
+
+def limit_experts(model: Any, capacity: Capacity | None) -> None:
+    """What the experts take of every forward pass in training from now on; None: all of it.
+
+    It outlasts the forward pass, because a checkpointed layer runs its router again in the backward pass.
+    """
+    for router in routers(model).values():
+        setattr(router, _CAPACITY, capacity)
+
+
+_CAPACITY = "logitlake_capacity"
 
 
 def compute_routers_in_float32(model: Any) -> None:
@@ -88,8 +109,13 @@ def _float32_router_forward(router: Any, hidden_states: Tensor) -> tuple[Tensor,
     hidden_NH = hidden_states.reshape(-1, router.hidden_dim)
     with torch.autocast(hidden_NH.device.type, enabled=False):
         logits_NE = F.linear(hidden_NH.float(), router.weight.float())
-        weights_Nk, expert_ids_Nk = torch.softmax(logits_NE, dim=-1).topk(router.top_k, dim=-1)
-        # Mixtral's and Qwen3-VL-MoE's have no switch: they normalise.
-        if getattr(router, "norm_topk_prob", True):
-            weights_Nk = weights_Nk / weights_Nk.sum(dim=-1, keepdim=True)
+        probs_NE = torch.softmax(logits_NE, dim=-1)
+        capacity = getattr(router, _CAPACITY, None)
+        if router.training and capacity is not None:
+            weights_Nk, expert_ids_Nk = choose_within_capacity(probs_NE, router.top_k, capacity)
+        else:
+            weights_Nk, expert_ids_Nk = probs_NE.topk(router.top_k, dim=-1)
+            # Mixtral's and Qwen3-VL-MoE's have no switch: they normalise.
+            if getattr(router, "norm_topk_prob", True):
+                weights_Nk = weights_Nk / weights_Nk.sum(dim=-1, keepdim=True)
     return logits_NE, weights_Nk.to(hidden_states.dtype), expert_ids_Nk

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from logitlake_student.data import Batch
 from logitlake_student.losses.balance import ExpertCounts
-from logitlake_student.models.routing import RouterRecorder
+from logitlake_student.models.routing import RouterRecorder, limit_experts
 from logitlake_student.objectives.routing import RoutingObjective, RoutingSums
 from logitlake_student.objectives.sums import StepTotals, Sums
 
@@ -69,21 +69,23 @@ class StudentStep(nn.Module):
     def forward(self, batch: Batch, totals: StepTotals | None) -> StepResult | Sums:
         """A micro-batch's share of the step; without `totals` its part of the survey, and no gradients are wanted."""
         # Entered by hand: the routers are heard during the student's forward pass only, not during backward.
+        mask_N = batch["attention_mask"].flatten().bool()
         recorder = RouterRecorder(self.student) if self.routing is not None else None
+        if self.routing is not None:
+            limit_experts(self.student, self.routing.capacity(mask_N))
         with recorder or contextlib.nullcontext():
             if totals is None:
                 surveyed = self.objective.survey(self.student, batch)
             else:
                 loss_sum, sums = self.objective(self.student, batch, totals)
-        mask_N = batch["attention_mask"].flatten().bool()
         logits = recorder.logits() if recorder is not None else []
         if totals is None:
             return surveyed | (_as_sums(self.routing.count(logits, mask_N)) if self.routing is not None else {})
         loss = loss_sum / totals.num_items
         sums = {name: value / totals.num_items for name, value in sums.items()}
         told = None
-        if self.routing is not None:
-            told = self.routing.told(logits, mask_N)
+        if self.routing is not None and recorder is not None:
+            told = self.routing.told(logits, recorder.dropped(), mask_N)
             routing_loss, balance = self.routing(logits, mask_N, _as_counts(totals.complete(_as_sums(told.counts))))
             loss = loss + routing_loss
             sums["balance"] = balance

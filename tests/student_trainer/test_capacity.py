@@ -1,0 +1,154 @@
+"""Experts with a capacity, as DeepSpeed's top-2 gate fills them: worked by hand, against a slow twin, in training only.
+
+Axes: N positions, E experts, k experts a token.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from logitlake_student.models.capacity import Capacity, choose_within_capacity
+from logitlake_student.models.routing import RouterRecorder, limit_experts
+from logitlake_student.models.upcycle import upcycle
+
+# One division of float32.
+RTOL = 1e-6
+
+
+def test_top_two_by_hand() -> None:
+    """Six tokens, four experts, factor 0.5: C = ceil(0.5 * 2 * 6 / 4) = 2 places an expert.
+
+    token  first  second   queue of each expert (first choices, then second choices)
+    0      0      1        expert 0: t0 t1 t2 | t3, t5     -> t0 t1 stay; t2's first and t3's, t5's second are dropped
+    1      0      1        expert 1: t3 | t0 t1 t2         -> t3 t0 stay; t1's and t2's second are dropped
+    2      0      1        expert 2: t4 |                  -> stays
+    3      1      0        expert 3: t5 | t4               -> both stay
+    4      2      3
+    5      3      0
+    Token 2 has lost both choices: weights 0, 0. Token 0 keeps .6 and .2: .75, .25. Token 1 keeps .5 alone: 1, 0.
+    """
+    probs_NE = torch.tensor(
+        [
+            [0.60, 0.20, 0.10, 0.10],
+            [0.50, 0.30, 0.10, 0.10],
+            [0.40, 0.30, 0.20, 0.10],
+            [0.30, 0.40, 0.20, 0.10],
+            [0.10, 0.20, 0.40, 0.30],
+            [0.30, 0.20, 0.10, 0.40],
+        ]
+    )
+    weights_Nk, ids_Nk = choose_within_capacity(probs_NE, 2, Capacity(0.5, torch.ones(6, dtype=torch.bool)))
+    assert ids_Nk.tolist() == [[0, 1], [0, 1], [0, 1], [1, 0], [2, 3], [3, 0]]
+    expected_Nk = torch.tensor([[0.75, 0.25], [1, 0], [0, 0], [1, 0], [4 / 7, 3 / 7], [1, 0]])
+    torch.testing.assert_close(weights_Nk, expected_Nk, rtol=RTOL, atol=0)
+
+
+def twin(probs_NE: Tensor, k: int, factor: float, mask_N: Tensor) -> Tensor:
+    """One choice after the other, one token after the other; a place is taken even by who is turned away later."""
+    num_tokens, num_experts = int(mask_N.sum()), probs_NE.shape[1]
+    limit = math.ceil(factor * k * num_tokens / num_experts)
+    queued = [0] * num_experts
+    ranked = [sorted(range(num_experts), key=lambda e: -float(probs_E[e]))[:k] for probs_E in probs_NE]
+    kept = [[0.0] * k for _ in ranked]
+    for choice in range(k):
+        for n, experts in enumerate(ranked):
+            expert = experts[choice]
+            if not bool(mask_N[n]):
+                kept[n][choice] = float(probs_NE[n, expert])
+                continue
+            if queued[expert] < limit:
+                kept[n][choice] = float(probs_NE[n, expert])
+            queued[expert] += 1
+    return torch.tensor([[p / sum(row) if sum(row) else 0.0 for p in row] for row in kept])
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("k", "factor"), [(1, 1.0), (2, 0.5), (2, 1.5), (3, 0.7)])
+def test_equals_its_twin(seed: int, k: int, factor: float) -> None:
+    """Random routers that have favourites, padding anywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    favourite_E = torch.tensor([1.0, 0.5, 0.0, 0.0, -0.5])
+    probs_NE = torch.softmax(torch.randn(17, 5, generator=generator) + favourite_E, dim=-1)
+    mask_N = torch.rand(17, generator=generator) < 0.8
+    weights_Nk, _ = choose_within_capacity(probs_NE, k, Capacity(factor, mask_N))
+    torch.testing.assert_close(weights_Nk, twin(probs_NE, k, factor, mask_N), rtol=RTOL, atol=RTOL)
+
+
+def test_enough_room_is_no_limit() -> None:
+    """With a factor of E / k, every expert has room for every token: weights as without capacity."""
+    probs_NE = torch.softmax(torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    weights_Nk, _ = choose_within_capacity(probs_NE, 2, Capacity(2.0, torch.ones(12, dtype=torch.bool)))
+    top_Nk = probs_NE.topk(2, dim=-1).values
+    torch.testing.assert_close(weights_Nk, top_Nk / top_Nk.sum(dim=-1, keepdim=True), rtol=RTOL, atol=0)
+
+
+@torch.no_grad()
+def test_only_training_drops(tiny_llava: Callable[..., Any], llava_batch: dict[str, Tensor]) -> None:
+    """In evaluation an expert takes every token; in training a full one drops, and the recorder says which."""
+    dense = tiny_llava()
+    sparse = upcycle(dense, 4, 2, "all", router_seed=3)
+    mask_N = llava_batch["attention_mask"].flatten().bool()
+    limit_experts(sparse, Capacity(0.5, mask_N))
+    whole = sparse(**llava_batch).logits
+    torch.testing.assert_close(whole, dense(**llava_batch).logits, rtol=0, atol=1e-4)
+    with RouterRecorder(sparse.train()) as recorder:
+        less = sparse(**llava_batch).logits
+    assert not torch.allclose(less, whole, atol=1e-2)
+    places = math.ceil(0.5 * 2 * int(mask_N.sum()) / 4) * 4
+    for dropped_Nk in recorder.dropped():
+        assert int((~dropped_Nk[mask_N]).sum()) <= places
+        assert bool(dropped_Nk[mask_N].any())
+    limit_experts(sparse, None)
+    torch.testing.assert_close(sparse(**llava_batch).logits, whole, rtol=0, atol=1e-6)
+
+
+def test_faithful_drops_and_says_so(student_world: Any, metrics_of: Callable[[Path], list[dict[str, Any]]]) -> None:
+    """The preset's capacity reaches training, and metrics hold the share of choices that were dropped."""
+    stage = {"type": "d2s", "capacity_factor": 0.5}
+    lines = metrics_of(student_world.train(student_world.train_config(stage, preset="faithful")))
+    assert all(0.3 < layer["dropped"] < 0.8 for line in lines for layer in line["experts"])
+    config = student_world.train_config({"type": "d2s"}, preset="faithful", output=str(student_world.folder / "other"))
+    assert config.stages[0].capacity_factor == 1.5
+    dropless = student_world.train_config({"type": "d2s"}, output=str(student_world.folder / "dropless"))
+    lines = metrics_of(student_world.train(dropless))
+    assert all(layer["dropped"] == 0 for line in lines for layer in line["experts"])
+
+
+def test_collapsed_experts_are_told(
+    student_world: Any, metrics_of: Callable[[Path], list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """C9: every token to the same experts (a router that never learns, far from even): finite losses, an alert in the
+    metrics of every line and once on the terminal."""
+    sparse = student_world.train(student_world.train_config({"type": "d2s", "steps": 2}))
+    folder = student_world.folder / "collapsed"
+    _collapse(sparse / "model", folder)
+    stage = {"type": "preference", "batch_size": 6, "steps": 2}
+    config = student_world.train_config(
+        stage, student={"checkpoint": str(folder)}, output=str(student_world.folder / "again")
+    )
+    capsys.readouterr()
+    lines = metrics_of(student_world.train(config))
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert all("2 of 4 experts got no token" in line["alerts"][0] for line in lines)
+    assert capsys.readouterr().err.count("warning: stage preference, step 1: sparse layer 0") == 1
+
+
+def _collapse(source: Path, folder: Path) -> None:
+    """A copy of a sparse student whose routers send everything to experts 0 and 1: equal rows tie, and the first two
+    are taken."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if name.endswith("mlp.gate.weight"):
+            weights[name] = torch.zeros_like(weight)
+    save_file(weights, path, metadata={"format": "pt"})
