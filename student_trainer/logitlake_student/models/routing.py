@@ -22,7 +22,7 @@ from logitlake_shared.errors import TrainingError
 from logitlake_student.models.capacity import Capacity, choose_within_capacity
 from logitlake_student.models.parts import routers
 
-__all__ = ["RouterRecorder", "compute_routers_in_float32", "limit_experts"]
+__all__ = ["RouterRecorder", "compute_routers_in_float32", "float32_router_forward", "limit_experts"]
 
 
 class RouterRecorder:
@@ -101,10 +101,10 @@ def compute_routers_in_float32(model: Any) -> None:
     Changes this instance only, and nothing that is saved. A float32 model gives the same numbers as before.
     """
     for router in routers(model).values():
-        router.forward = types.MethodType(_float32_router_forward, router)
+        router.forward = types.MethodType(float32_router_forward, router)
 
 
-def _float32_router_forward(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def float32_router_forward(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Router logits [N, E] float32, weights [N, k] in the model's type, expert ids [N, k]."""
     hidden_NH = hidden_states.reshape(-1, router.hidden_dim)
     with torch.autocast(hidden_NH.device.type, enabled=False):
