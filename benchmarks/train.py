@@ -2,8 +2,8 @@
 
     python -m benchmarks.train [--json] [--quick] [--only text]
 
-Two worlds, on the CPU in float32: SmolLM2-135M teaches a student of 30 M parameters text (`text`), and the tiny LLaVA of
-the digit scenes teaches its student what is in pictures (`vlm`). Every run is a stage of the trainer itself, in a
+Two worlds, on the CPU in float32: SmolLM2-135M teaches a student of 30 M parameters text (`text`), and the tiny LLaVA
+of the digit scenes teaches its student what is in pictures (`vlm`). Every run is a stage of the trainer itself, in a
 process of its own, and they take turns:
 
     lake        as a user trains

@@ -27,13 +27,13 @@ _COUNTED = 100_000
 
 
 def run_cli(command: click.Command) -> None:
-    """Runs a click command as a process: exit code 0, 1 (ours), 2 (the user's), 130 (interrupted)."""
+    """Runs a click command as a process: exit code 0, 1 (ours), the error's own (the user's), 130 (interrupted)."""
     try:
         command(standalone_mode=True)
     except LogitLakeError as error:
         click.secho("error: ", fg="red", bold=True, err=True, nl=False)
         click.echo(str(error), err=True)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 def config_command(

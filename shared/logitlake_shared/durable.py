@@ -11,7 +11,7 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["create_file", "replace_file"]
+__all__ = ["create_file", "replace_file", "sync"]
 
 
 def create_file(path: Path, data: bytes) -> bool:
@@ -23,14 +23,14 @@ def create_file(path: Path, data: bytes) -> bool:
         return False
     finally:
         staged.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
     return True
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Creates or replaces `path`: a reader sees the old bytes or the new ones. Raises `OSError`."""
     _stage(path, data).replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _stage(path: Path, data: bytes) -> Path:
@@ -54,11 +54,12 @@ def _make_folder(folder: Path) -> None:
         return
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Returns when a file's bytes, or a folder's names, will outlast a power loss. Raises `OSError`."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -13,6 +13,8 @@
     ├── EngineError (RuntimeError)        a teacher engine
     ├── JobError (RuntimeError)           a job on a Ray cluster, or the cluster's Jobs API
     ├── TrainingError (RuntimeError)      the student trainer
+    │   ├── CheckpointError               checkpoints, none of which is whole
+    │   └── MemoryExhaustedError          a step that does not fit the device
     └── ExportError (RuntimeError)        an exported student that is not what was trained
 
 A message says what is wrong, where, what was expected, what was got and what to do. No class has an `__init__` of
@@ -20,6 +22,7 @@ its own: Ray pickles exceptions, and a constructor with other arguments does not
 """
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "EngineError",
@@ -32,6 +35,7 @@ __all__ = [
     "LakeError",
     "LakeFormatError",
     "LogitLakeError",
+    "MemoryExhaustedError",
     "QueryError",
     "TrainingError",
 ]
@@ -39,6 +43,9 @@ __all__ = [
 
 class LogitLakeError(Exception):
     """Anything that LogitLake can explain to its user."""
+
+    exit_code = 2
+    """of a command that ends with it"""
 
 
 class ConfigError(LogitLakeError, ValueError):
@@ -87,6 +94,18 @@ class JobError(LogitLakeError, RuntimeError):
 
 class TrainingError(LogitLakeError, RuntimeError):
     """A training run that cannot go on."""
+
+
+class CheckpointError(TrainingError):
+    """A run that left checkpoints of which none is whole."""
+
+    exit_code = 4
+
+
+class MemoryExhaustedError(TrainingError):
+    """A step that does not fit the device's memory."""
+
+    exit_code = 5
 
 
 class ExportError(LogitLakeError, RuntimeError):

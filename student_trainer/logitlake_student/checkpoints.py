@@ -7,13 +7,17 @@ left alone with a warning, so that a damaged checkpoint costs the steps since th
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
-__all__ = ["newest_checkpoint", "prune_checkpoints", "publish_folder"]
+from logitlake_schemas import canonical_json
+from logitlake_shared.durable import sync
+from logitlake_shared.errors import CheckpointError
+
+__all__ = ["first_difference", "newest_checkpoint", "prune_checkpoints", "publish_folder"]
 
 DIGESTS = "digests.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -24,22 +28,46 @@ def publish_folder(built: Path, name: Path) -> None:
     digests = {str(file.relative_to(built)): _sha256(file) for file in _files(built)}
     (built / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
     for file in _files(built):
-        _sync(file)
-    _sync(built)
+        sync(file)
+    sync(built)
     if name.exists():
         shutil.rmtree(name)
     built.rename(name)
-    _sync(name.parent)
+    sync(name.parent)
 
 
 def newest_checkpoint(stage_dir: Path) -> tuple[int, Path] | None:
-    """(step, folder) of the newest complete checkpoint, or None. Warns of each damaged one that it passes over."""
-    for step, folder in reversed(_numbered(stage_dir)):
+    """(step, folder) of the newest complete checkpoint, None where there is none.
+
+    Warns of each damaged one that it passes over. Raises `CheckpointError` where all of them are damaged: days of work
+    are not begun again without being asked.
+    """
+    found = _numbered(stage_dir)
+    problem = None
+    for step, folder in reversed(found):
         problem = damage(folder)
         if problem is None:
             return step, folder
         warnings.warn(f"{folder}: not used: {problem}; going back to the checkpoint before it", stacklevel=2)
+    if found:
+        names = ", ".join(folder.name for _, folder in found)
+        raise CheckpointError(
+            f"{stage_dir}: none of its checkpoints is whole ({names}; the oldest: {problem}); remove them to begin the "
+            "stage again"
+        )
     return None
+
+
+def first_difference(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
+    """The first field in which two identities differ, and both values; empty where they are the same."""
+    for key in sorted(there.keys() | here.keys()):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if inner := first_difference(old, new, f"{prefix}{key}."):
+                return inner
+        elif old != json.loads(canonical_json(new)):
+            return f"`{prefix}{key}` is {old!r} there, {new!r} here"
+    return ""
 
 
 def prune_checkpoints(stage_dir: Path, keep: int) -> None:
@@ -77,11 +105,3 @@ def _files(folder: Path) -> list[Path]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -28,7 +28,7 @@ def cli() -> None:
 @config_command("logitlake_student.config:TrainConfig")
 def train(config: "TrainConfig") -> None:
     """Train the configured stages in order; resumes where it was stopped."""
-    from logitlake_student.ranks import is_first_rank
+    from logitlake_student.ranks import is_first_rank, leave_ranks
     from logitlake_student.run import plan_run, train_stage
 
     tell = click.echo if is_first_rank() else lambda _: None
@@ -41,6 +41,7 @@ def train(config: "TrainConfig") -> None:
             f"{run.stage.type}: {figures['steps']} steps in {figures['seconds']} s, {figures['params_trainable']:,} of "
             f"{figures['params_total']:,} parameters trained, {run.model}"
         )
+    leave_ranks()
 
 
 @cli.command(name="eval")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-__all__ = ["first_rank_first", "is_first_rank", "join_ranks", "wait_for_ranks", "world_size"]
+__all__ = ["first_rank_first", "is_first_rank", "join_ranks", "leave_ranks", "wait_for_ranks", "world_size"]
 
 
 def world_size() -> int:
@@ -31,6 +31,15 @@ def join_ranks(device: str, timeout_s: float) -> None:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(seconds=timeout_s))
+
+
+def leave_ranks() -> None:
+    """Ends the exchange between ranks, if there is one; the command is done."""
+    import sys
+
+    dist = sys.modules.get("torch.distributed")
+    if world_size() > 1 and dist is not None and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def wait_for_ranks() -> None:

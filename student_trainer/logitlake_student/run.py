@@ -17,22 +17,25 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from logitlake_schemas import canonical_json, fingerprint
 from logitlake_shared.cli_support import progress
 from logitlake_shared.config import write_provenance
-from logitlake_shared.errors import ConfigError, FingerprintMismatchError, TrainingError
+from logitlake_shared.errors import ConfigError, FingerprintMismatchError, MemoryExhaustedError, TrainingError
 from logitlake_shared.lake import Lake
+from logitlake_student.checkpoints import first_difference
 from logitlake_student.config import (
     D2SStage,
     PreferenceStage,
     StageConfig,
     TrainConfig,
 )
+from logitlake_student.output_lock import output_lock
 from logitlake_student.ranks import first_rank_first, is_first_rank, join_ranks, wait_for_ranks, world_size
 
 __all__ = ["StageRun", "plan_run", "train_stage"]
@@ -66,10 +69,10 @@ class StageRun:
                 continue
             identity = _read(self.folder / name)["identity"]
             if identity != json.loads(canonical_json(self.identity)):
+                difference = first_difference(identity, self.identity)
                 raise ConfigError(
-                    f"{self.folder}: holds a stage {self.stage.type} of another run: "
-                    f"{_difference(identity, self.identity)}. Choose another `output`, or remove the folder to train "
-                    "it again"
+                    f"{self.folder}: holds a stage {self.stage.type} of another run: {difference}. Choose another "
+                    "`output`, or remove the folder to train it again"
                 )
         return (self.folder / DONE).is_file()
 
@@ -103,13 +106,24 @@ def plan_run(config: TrainConfig) -> list[StageRun]:
             "lake": identity_of_lake | (identity_of_pairs if isinstance(stage, PreferenceStage) else {}),
             "stages_before": fingerprint(before),
         }
+        if config.precision != "fp32":
+            identity["precision"] = config.precision
         runs.append(StageRun(stage, config.output / stage.type, identity, runs[-1].model if runs else None, snapshots))
         before.append(identity)
     return runs
 
 
 def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
-    """Trains one stage to its end, resuming from its newest complete checkpoint. Returns its closing figures."""
+    """Trains one stage to its end, resuming from its newest complete checkpoint. Returns its closing figures.
+
+    Raises `ConfigError` while another process trains into the same output.
+    """
+    _check_trackers(config)
+    with output_lock(config.output) if is_first_rank() else nullcontext():
+        return _train_stage(config, run)
+
+
+def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     import torch
 
     from logitlake_shared.reader import LakeDataset, PairDataset
@@ -185,15 +199,16 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
             collate,
             run.folder,
             vocab_size=renderer.vocab_size,
-            device=config.device,
-            shards=config.data_parallel == "fsdp",
+            config=config,
+            identity=run.identity,
             advance=advance,
         )
         if is_first_rank():
             trainer.forget_metrics_after(done_steps)
         if newest is not None:
             advance(done_steps)
-        trainer.train(resume_from_checkpoint=str(newest[1]) if newest is not None else None)
+        with _memory_explained(config):
+            trainer.train(resume_from_checkpoint=str(newest[1]) if newest is not None else None)
 
     parameters = parameter_report(model)
     figures = {
@@ -219,6 +234,23 @@ def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         shutil.rmtree(run.folder / ".building", ignore_errors=True)
     wait_for_ranks()
     return figures
+
+
+@contextmanager
+def _memory_explained(config: TrainConfig) -> Iterator[None]:
+    """Says what to change where a step does not fit."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA; on a CPU the allocator's own words
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        checkpoints = "" if config.gradient_checkpointing else ", set `gradient_checkpointing = true`"
+        raise MemoryExhaustedError(
+            f"a step does not fit the memory of {config.device}: {str(error).splitlines()[0]} Lower "
+            f"`micro_batch_size`, then `chunk_rows`{checkpoints}; the same command goes on from the newest checkpoint"
+        ) from error
 
 
 @contextmanager
@@ -278,6 +310,13 @@ def starting_model(config: TrainConfig, run: StageRun, start_dir: Path) -> Any:
     return model.to(config.device)
 
 
+def _check_trackers(config: TrainConfig) -> None:
+    """Raises `ConfigError` naming a tracker whose package is not there, before anything is written."""
+    for tracker in config.report_to:
+        if find_spec(tracker) is None:
+            raise ConfigError(f"report_to: {tracker} is not installed; `pip install {tracker}`, or leave it out")
+
+
 def _refuse_several_devices(num_devices: int) -> None:
     """Several devices of one rank would change the batch. Raises `TrainingError` before anything is written."""
     if num_devices > 1 and world_size() == 1:
@@ -290,17 +329,6 @@ def _refuse_several_devices(num_devices: int) -> None:
 def _read(path: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return document
-
-
-def _difference(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
-    for key in sorted(there.keys() | here.keys()):
-        old, new = there.get(key), here.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            if inner := _difference(old, new, f"{prefix}{key}."):
-                return inner
-        elif old != json.loads(canonical_json(new)):
-            return f"`{prefix}{key}` is {old!r} there, {new!r} here"
-    return ""
 
 
 def _write_atomically(path: Path, document: dict[str, Any]) -> None:

@@ -8,27 +8,31 @@ What comes from Trainer: the loop, optimiser and schedule, accumulation, clippin
   2 x 16 each are the same step;
 * only response rows reach the lm_head, in chunks;
 * the order of the samples is a function of the seed (`data.EpochOrder`), so a resumed stage repeats the batches;
-* a checkpoint holds the trainable tensors, the optimiser and the schedule, and is complete or not there;
+* a checkpoint holds the trainable tensors, the optimiser, the schedule and the identity of what is trained on what, and
+  is complete or not there;
+* a step whose gradient is not finite is never taken: the samples are written down, and the stage stops or goes on;
 * metrics are lines of JSON, each the mean over the steps since the line before it.
 """
 
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import click
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from logitlake_shared.errors import ConfigError, TrainingError
-from logitlake_student.checkpoints import prune_checkpoints, publish_folder
-from logitlake_student.config import D2SStage, PreferenceStage, StageConfig
+from logitlake_shared.errors import ConfigError, FingerprintMismatchError, TrainingError
+from logitlake_student.averages import MovingAverage
+from logitlake_student.checkpoints import first_difference, prune_checkpoints, publish_folder
+from logitlake_student.config import D2SStage, PreferenceStage, StageConfig, TrainConfig
 from logitlake_student.data import Batch, EpochOrder
 from logitlake_student.losses.balance import ExpertCounts, routing_statistics
 from logitlake_student.models.parts import text_config
@@ -49,6 +53,8 @@ __all__ = ["StageTrainer", "micro_batches"]
 
 METRICS = "metrics.jsonl"
 _TRAINABLE = "trainable.safetensors"
+_AVERAGES = "averages.safetensors"
+_IDENTITY = "identity.json"
 _OPTIMIZER = "optimizer.pt"
 _SCHEDULER = "scheduler.pt"
 _KEPT_CHECKPOINTS = 2
@@ -72,12 +78,15 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         stage_dir: Path,
         *,
         vocab_size: int,
-        device: str,
-        shards: bool,
+        config: TrainConfig,
+        identity: dict[str, Any],
         advance: Callable[..., None],
     ) -> None:
+        device = config.device
         accumulated = micro_batches(stage, world_size())
-        self._stage, self._stage_dir = stage, stage_dir
+        self._stage, self._stage_dir, self._identity = stage, stage_dir, identity
+        self._step_sums: dict[str, float] = defaultdict(float)
+        self._num_summed = self._num_skipped = 0
         self._sums: dict[str, float] = defaultdict(float)
         self._routing: RoutingSums | None = None
         self._staging: Path | None = None
@@ -98,7 +107,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             save_steps=stage.save_every,
             logging_nan_inf_filter=False,
             seed=stage.seed,
-            report_to=[],
+            bf16=config.precision == "bf16",
+            report_to=list(config.report_to),
+            run_name=f"{config.output.name}-{stage.type}",
             disable_tqdm=True,
             use_cpu=device == "cpu",
             remove_unused_columns=False,
@@ -106,16 +117,20 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             ddp_backend=None if world_size() == 1 else "gloo" if device == "cpu" else "nccl",
             ddp_find_unused_parameters=False,
         )
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         step = StudentStep(model, _objective_of(stage, model, vocab_size), _routing_of(stage, model))
         super().__init__(model=step, args=arguments, train_dataset=dataset, data_collator=collate)
         self.loss_is_scaled_for_ga = True
-        if shards and world_size() > 1:
-            shard(step, model, "cpu" if device == "cpu" else "cuda")
+        if config.data_parallel == "fsdp" and world_size() > 1:
+            shard(step, model, device)
             # Trainer's name for a model that reduces its gradients itself. Said only now, since its constructor refuses
             # to checkpoint such a model; ours are whole.
             self.is_distributed_loading_by_transformers = True
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Progress(advance, self._latest))
+        # After sharding: each rank averages what it holds.
+        self._average = None if stage.ema_decay is None else MovingAverage(_trained(model), stage.ema_decay)
+        self.add_callback(_Progress(advance, self._latest, self._average))
         self._shown: dict[str, Any] = {}
 
     # ---- order ----
@@ -150,19 +165,43 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     ) -> Tensor:
         """The micro-batch's share of the step's loss; the shares of all micro-batches and ranks add up to the loss."""
         result = model(inputs, num_items_in_batch)
-        if not torch.isfinite(result.loss):
-            value = float(result.loss.detach())
-            raise TrainingError(
-                f"stage {self._stage.type}, step {self.state.global_step + 1}: the loss is {value}; "
-                "lower the learning rate, or check the lake with `logitlake verify`"
-            )
         for name, value in result.sums.items():
-            self._sums[name] += float(value)
+            self._step_sums[name] += float(value)
         if result.routing is not None and (self.state.global_step + 1) % self._stage.log_every == 0:
             self._routing = result.routing if self._routing is None else self._routing + result.routing
         # The wrapper takes the mean of the ranks' gradients; the loss is their sum.
         loss: Tensor = result.loss * world_size()
         return loss
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        """Clips, and takes back a step that is not finite: all ranks have the same gradient and decide the same."""
+        norm: Tensor = super()._clip_grad_norm(model)
+        if torch.isfinite(norm):
+            for name, value in self._step_sums.items():
+                self._sums[name] += value
+            self._num_summed += 1
+        else:
+            self._refuse_step(float(norm))
+            model.zero_grad(set_to_none=True)
+        self._step_sums.clear()
+        return norm
+
+    def _refuse_step(self, norm: float) -> None:
+        step, size = self.state.global_step + 1, self._stage.batch_size
+        loss = float(sum_over_ranks({"loss": torch.tensor(self._step_sums["loss"], dtype=torch.float64)})["loss"])
+        positions = list(self._get_train_sampler())[(step - 1) * size : step * size]
+        written = self._stage_dir / f"not-finite-{step}.json"
+        if is_first_rank():
+            names = [_name(self.train_dataset[position]) for position in positions]
+            document = {"step": step, "loss": loss, "grad_norm": norm, "samples": names}
+            written.write_text(json.dumps(document) + "\n", encoding="utf-8")
+        self._num_skipped += 1
+        if self._num_skipped > self._stage.max_skipped:
+            raise TrainingError(
+                f"stage {self._stage.type}, step {step}: the loss is {loss}, its gradient {norm} "
+                f"({self._num_skipped} such steps, `max_skipped` is {self._stage.max_skipped}); {written} names its "
+                "samples. Lower the learning rate, or check the lake with `logitlake verify`"
+            )
 
     # ---- metrics ----
 
@@ -172,19 +211,23 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             return
         step = self.state.global_step
         sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._sums.items()}
-        means = {name: float(value) / self._stage.log_every for name, value in sum_over_ranks(sums).items()}
+        means = {name: float(value) / max(self._num_summed, 1) for name, value in sum_over_ranks(sums).items()}
         record: dict[str, Any] = {"step": step, **means}
+        if self._num_skipped:
+            record["skipped"] = self._num_skipped
         record["grad_norm"], record["learning_rate"] = logs["grad_norm"], logs["learning_rate"]
         if self._routing is not None:
             record["experts"] = self._experts(self._routing)
             if alerts := self._alert(step, record["experts"]):
                 record["alerts"] = alerts
         self._sums.clear()
+        self._num_summed = 0
         self._routing = None
         self._shown = {name: f"{record[name]:.3g}" for name in ("loss", "forward_kl", "margin") if name in record}
         if self.is_world_process_zero():
             with (self._stage_dir / METRICS).open("a", encoding="utf-8") as out:
                 out.write(json.dumps(record) + "\n")
+        self.callback_handler.on_log(self.args, self.state, self.control, _flat(record))
 
     def _experts(self, told: RoutingSums) -> list[dict[str, Any]]:
         counts = told.counts
@@ -245,31 +288,42 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._staging = self._stage_dir / ".building"
         try:
             super()._save_checkpoint(model, trial)
-        finally:
             building, self._staging = self._staging, None
-        wait_for_ranks()  # each has written its random state
+            wait_for_ranks()  # each has written its random state
+            if is_first_rank():
+                (building / name / _IDENTITY).write_text(json.dumps(self._identity), encoding="utf-8")
+                publish_folder(building / name, self._stage_dir / name)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"{self._stage_dir / name}: cannot be written: {error}; checkpoints before it are whole, and the same "
+                "command goes on from the newest once there is room"
+            ) from error
+        finally:
+            self._staging = None
         if is_first_rank():
-            publish_folder(building / name, self._stage_dir / name)
             prune_checkpoints(self._stage_dir, _KEPT_CHECKPOINTS)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The trainable tensors; what is frozen is where the stage began."""
-        trainable = whole(_trainable(self.model.student).items())
+        files = {_TRAINABLE: whole(_trained(self.model.student))}
+        if self._average is not None:
+            files[_AVERAGES] = whole(self._average.averages.items())
         if is_first_rank():
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(trainable, folder / _TRAINABLE)
+            for name, tensors in files.items():
+                save_file(tensors, folder / name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / _TRAINABLE)
-        target = _trainable(self.model.student)
-        if saved.keys() != target.keys():
-            raise TrainingError(
-                f"{resume_from_checkpoint}: holds other trainable tensors than stage {self._stage.type} trains: "
-                f"{sorted(saved.keys() ^ target.keys())[:4]}; remove {self._stage_dir} to train the stage again"
+        folder = Path(resume_from_checkpoint)
+        there = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
+        if difference := first_difference(there, self._identity):
+            raise FingerprintMismatchError(
+                f"{folder}: a checkpoint of something else: {difference}; remove it to train the stage again"
             )
-        for name, tensor in saved.items():
-            copy_whole(target[name], tensor)
+        _take_up(folder / _TRAINABLE, dict(_trained(self.model.student)))
+        if self._average is not None:
+            _take_up(folder / _AVERAGES, self._average.averages)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = optimizer_state(self.model, self._torch_optimizer())
@@ -320,13 +374,46 @@ def _routing_of(stage: StageConfig, student: Any) -> RoutingObjective | None:
     return RoutingObjective(stage.balance_weight, z_loss_weight, config.num_experts_per_tok, stage.capacity_factor)
 
 
+def _take_up(path: Path, target: Mapping[str, Tensor]) -> None:
+    """Copies saved tensors into those of the same names. Raises `TrainingError` where the names differ."""
+    saved = load_file(path)
+    if saved.keys() != target.keys():
+        raise TrainingError(
+            f"{path}: holds other tensors than the stage trains: {sorted(saved.keys() ^ target.keys())[:4]}; remove "
+            f"{path.parent.parent} to train the stage again"
+        )
+    for name, tensor in saved.items():
+        copy_whole(target[name], tensor)
+
+
+def _name(item: Any) -> str:
+    return str(getattr(item, "sample_id", None) or item.pair_id)
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, float]:
+    """A line of metrics as trackers want it: numbers by name, of each sparse layer on its own."""
+    flat = {name: value for name, value in record.items() if isinstance(value, int | float)}
+    for place, layer in enumerate(record.get("experts", ())):
+        flat |= {f"experts/{place}/{name}": value for name, value in layer.items() if not isinstance(value, list)}
+        flat |= {f"experts/{place}/load/{expert}": share for expert, share in enumerate(layer["load"])}
+    return flat
+
+
 class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    def __init__(self, advance: Callable[..., None], figures: Callable[[], dict[str, Any]]) -> None:
-        self._advance, self._figures = advance, figures
+    def __init__(
+        self, advance: Callable[..., None], figures: Callable[[], dict[str, Any]], average: MovingAverage | None
+    ) -> None:
+        self._advance, self._figures, self._average = advance, figures, average
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._average is not None:
+            self._average.update()
         self._advance(1, **self._figures())
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._average is not None:
+            self._average.apply()
 
-def _trainable(model: Any) -> dict[str, Tensor]:
-    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+def _trained(model: Any) -> list[tuple[str, Any]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

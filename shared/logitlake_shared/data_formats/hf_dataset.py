@@ -20,6 +20,7 @@ from logitlake_shared.data_formats.openai import chat_messages
 from logitlake_shared.data_formats.records import (
     BadRecord,
     Conversation,
+    Messages,
     ReadOptions,
     RecordError,
     as_text,
@@ -29,7 +30,7 @@ from logitlake_shared.data_formats.records import (
 from logitlake_shared.data_formats.tables import TableRow, column_names, table_files, table_rows
 from logitlake_shared.errors import DataError
 
-__all__ = ["HfColumns", "hf_dataset_records"]
+__all__ = ["HfColumns", "hf_dataset_records", "row_images", "turns_as_messages"]
 
 _MESSAGES = ("messages", "conversations")
 _IMAGES = ("images", "image")
@@ -79,11 +80,8 @@ def _first(names: list[str], given: str | None, usual: tuple[str, ...]) -> str |
 def _conversation(row: TableRow, file: InputFile, columns: HfColumns, options: ReadOptions, split: str) -> Conversation:
     values = row.values
     turns = values[columns.messages or ""]
-    given = _images(values[columns.images] if columns.images else None, options.image_root)
-    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" in turns[0]:
-        messages, images = llava_messages(turns), given
-    else:
-        messages, images = chat_messages(turns, options.image_root, given if columns.images else None)
+    given = row_images(values[columns.images] if columns.images else None, options.image_root)
+    messages, images = turns_as_messages(turns, given, options.image_root, listed=columns.images is not None)
     check_messages(messages, len(images), needs_response=options.needs_response)
     return Conversation(
         sample_id=record_id(values.get(columns.id), file, row.number),
@@ -96,7 +94,20 @@ def _conversation(row: TableRow, file: InputFile, columns: HfColumns, options: R
     )
 
 
-def _images(value: Any, image_root: Path | str) -> tuple[ImageRef, ...]:
+def turns_as_messages(
+    turns: Any, images: tuple[ImageRef, ...], image_root: Path | str, *, listed: bool
+) -> tuple[Messages, tuple[ImageRef, ...]]:
+    """Turns of either form as messages, and their images. Raises `RecordError`, `ValueError`.
+
+    `images` are the row's own; `listed` says that it has a column of them, so that turns hold placeholders alone.
+    """
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" in turns[0]:
+        return llava_messages(turns), images
+    return chat_messages(turns, image_root, images if listed else None)
+
+
+def row_images(value: Any, image_root: Path | str) -> tuple[ImageRef, ...]:
+    """The images of a row: none, one, or a list of them. Raises `RecordError`, `ValueError`."""
     if value is None:
         return ()
     return tuple(_image(entry, image_root) for entry in (value if isinstance(value, list) else [value]))

@@ -14,7 +14,7 @@ from typing import Any
 from logitlake_shared.data_formats.files import InputFile, InputLog, input_files, note_columnar
 from logitlake_shared.errors import DataError
 
-__all__ = ["TableFile", "TableRow", "table_files", "table_rows"]
+__all__ = ["TableFile", "TableRow", "column_names", "table_batches", "table_files", "table_rows"]
 
 _SUFFIXES = (".parquet", ".arrow")
 # Rows that are Python objects at one time; with images inside, about as many megabytes.
@@ -64,16 +64,34 @@ def table_rows(
     file: InputFile, required: Sequence[str], log: InputLog | None = None, columns: Sequence[str] | None = None
 ) -> Iterator[TableRow]:
     """The rows of one file as Python values. Raises `DataError` if it cannot be read or a column is missing."""
+    number = 0
+    for batch in table_batches(file, required, log, columns):
+        for values in batch.to_pylist():
+            yield TableRow(number, f"{file.name}: row {number}", values)
+            number += 1
+
+
+def table_batches(
+    file: InputFile,
+    required: Sequence[str],
+    log: InputLog | None = None,
+    columns: Sequence[str] | None = None,
+    batch_rows: int = _BATCH_ROWS,
+) -> Iterator[Any]:
+    """The rows of one file as Arrow record batches of at most `batch_rows` rows, in order.
+
+    Raises `DataError` if the file cannot be read or a column is missing.
+    """
     import pyarrow as pa
 
     number = 0
     try:
         note_columnar(file, log)
-        for batch in _batches(file.path, required, columns):
-            for start in range(0, batch.num_rows, _BATCH_ROWS):
-                for values in batch.slice(start, _BATCH_ROWS).to_pylist():
-                    yield TableRow(number, f"{file.name}: row {number}", values)
-                    number += 1
+        for batch in _batches(file.path, required, columns, batch_rows):
+            for start in range(0, batch.num_rows, batch_rows):
+                piece = batch.slice(start, batch_rows)
+                yield piece
+                number += piece.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file.path}: not a readable {_kind(file.path)} file, at row {number}: {error}") from error
 
@@ -88,7 +106,7 @@ def column_names(path: Path) -> list[str]:
         raise DataError(f"{path}: not a readable {_kind(path)} file: {error}") from error
 
 
-def _batches(path: Path, required: Sequence[str], columns: Sequence[str] | None) -> Iterator[Any]:
+def _batches(path: Path, required: Sequence[str], columns: Sequence[str] | None, batch_rows: int) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -106,7 +124,7 @@ def _batches(path: Path, required: Sequence[str], columns: Sequence[str] | None)
         # Else a whole row group of images is held beside the batch. Of a page no less than all can be read, and some
         # writers make one page of a row group.
         table = pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
-        yield from table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False)
+        yield from table.iter_batches(batch_size=batch_rows, columns=wanted, use_threads=False)
 
 
 def _arrow_batches(source: Any) -> Iterator[Any]:

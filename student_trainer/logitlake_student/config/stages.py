@@ -33,6 +33,10 @@ class _Stage(StrictModel):
     """AdamW's weight decay"""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """gradients are clipped to this global norm"""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """end the stage with a moving average of its weights, of this decay a step; default: with the weights themselves"""
+    max_skipped: int = Field(default=0, ge=0)
+    """steps whose gradient is not finite that may be left out before the stage stops; each is written down"""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """seed of the order of the samples"""
     log_every: int = Field(default=10, gt=0)

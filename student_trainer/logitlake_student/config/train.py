@@ -46,6 +46,12 @@ class TrainConfig(StrictModel):
     data_parallel: Literal["ddp", "fsdp"] = "ddp"
     """what each of several ranks holds: `ddp` all of the student, `fsdp` a part of its decoder's weights, gradients and
     optimiser state; one rank holds all of it"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """of products: with `bf16` they are autocast. Weights, optimiser, losses and routers stay float32"""
+    gradient_checkpointing: bool = False
+    """make a layer's activations again in the backward pass instead of keeping them: less memory, a third more time"""
+    report_to: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] = ()
+    """trackers that get the metrics, too; `metrics.jsonl` is always written"""
     rank_timeout_s: float = Field(default=1800.0, gt=0)
     """seconds for which a rank may say nothing before the others give up"""
     num_threads: int | None = Field(default=None, gt=0)

@@ -6,7 +6,6 @@ folder beside its destination, checked there by the gate, and renamed.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from logitlake_shared.durable import sync
 from logitlake_shared.errors import ExportError
 from logitlake_student.export.card import (
     CardFacts,
@@ -105,20 +105,12 @@ def building(out_dir: Path) -> Iterator[Path]:
     try:
         yield folder
         for file in folder.iterdir():
-            _sync(file)
+            sync(file)
         folder.rename(out_dir)
-        _sync(out_dir.parent)
+        sync(out_dir.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _copy_weights(model_dir: Path, out_dir: Path, config: dict[str, Any], target: Target) -> dict[str, int]:

@@ -1,0 +1,238 @@
+"""What goes wrong in a training run, and what is left of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from logitlake_shared.errors import FingerprintMismatchError, MemoryExhaustedError, TrainingError
+from logitlake_student import trainer as trainer_module
+from logitlake_student.losses import distillation as distillation_module
+from logitlake_student.objectives import distillation as objective_module
+from logitlake_student.output_lock import output_lock
+from logitlake_student.run import plan_run, train_stage
+
+Metrics = Callable[[Path], list[dict[str, Any]]]
+
+D2D = {"type": "d2d"}
+# A start, some steps and an end of two processes on a busy machine.
+TIMEOUT_S = 240
+
+
+class Killed(BaseException):
+    """Where a run is made to end."""
+
+
+def stopped_after_two_checkpoints(world: Any, monkeypatch: pytest.MonkeyPatch, config: Any) -> Path:
+    """The folder of a stage that ended after steps 2 and 4 of 6 were saved."""
+    calls: list[Any] = []
+    publish = trainer_module.publish_folder
+
+    def counted(built: Path, name: Path) -> None:
+        calls.append(name)
+        if len(calls) == 3:
+            raise Killed
+        publish(built, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "publish_folder", counted)
+        with pytest.raises(Killed):
+            world.train(config)
+    folder: Path = world.output / "d2d"
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    return folder
+
+
+# ---- C2, C3: checkpoints ----
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_no_whole_checkpoint_is_said_and_not_begun_again(
+    student_world: Any, student_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """C3: with every checkpoint damaged the command ends with code 4; nothing is overwritten."""
+    config = student_world.train_config(D2D | {"steps": 6})
+    folder = stopped_after_two_checkpoints(student_world, monkeypatch, config)
+    for checkpoint in folder.glob("checkpoint-*"):
+        victim = checkpoint / "optimizer.pt"
+        data = victim.read_bytes()
+        if damage == "missing":
+            victim.unlink()
+        else:
+            victim.write_bytes(data[:-1] if damage == "truncated" else bytes([data[0] ^ 1]) + data[1:])
+    with pytest.warns(UserWarning, match=r"checkpoint-\d: not used"):
+        result = student_command("train", student_world.file(D2D | {"steps": 6}))
+    assert result.code == 4
+    assert "none of its checkpoints is whole (checkpoint-2, checkpoint-4" in result.err
+
+
+def test_a_disk_that_fills_up_costs_nothing_saved(student_world: Any, metrics_of: Metrics) -> None:
+    """C2: a checkpoint that cannot be written ends the run with a message; the one before it stays whole, and the same
+    command goes on from it once there is room."""
+    config = student_world.file(D2D | {"steps": 6})
+    # The first checkpoint is written whole; then no file may grow beyond a kilobyte.
+    program = (
+        "import resource, signal, sys\n"
+        "from logitlake_student import trainer\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "publish = trainer.publish_folder\n"
+        "def full_after(built, name):\n"
+        "    publish(built, name)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))\n"
+        "trainer.publish_folder = full_after\n"
+        "from logitlake_student.cli import main\n"
+        f"sys.argv = ['logitlake-student', 'train', {str(config)!r}]\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "checkpoint-4: cannot be written" in done.stderr
+    folder = student_world.output / "d2d"
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    student_world.train(student_world.train_config(D2D | {"steps": 6}))
+    assert json.loads((folder / "done.json").read_text())["figures"]["resumed_at_step"] == 2
+    assert [line["step"] for line in metrics_of(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_of_another_lake_is_refused(student_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The identity of what is trained on what is in every checkpoint: one that was copied here from another run is
+    not gone on from, and the field is named."""
+    config = student_world.train_config(D2D | {"steps": 6})
+    folder = stopped_after_two_checkpoints(student_world, monkeypatch, config)
+    other = student_world.train_config(D2D | {"steps": 6, "seed": 1}, output=str(student_world.folder / "other"))
+    (run,) = plan_run(other)
+    (run.folder).mkdir(parents=True)
+    (folder / "checkpoint-4").rename(run.folder / "checkpoint-4")
+    with pytest.raises(FingerprintMismatchError, match=r"something else: `stage.seed` is 0 there, 1 here"):
+        train_stage(other, run)
+
+
+# ---- C6: what is not finite ----
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Makes the loss of some steps not a number."""
+    calls: list[int] = []
+    loss = distillation_module.distillation_loss
+
+    def spoilt(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        value, sums = loss(*arguments, **keywords)
+        return (value * float("nan") if len(calls) in steps else value), sums
+
+    monkeypatch.setattr(objective_module, "distillation_loss", spoilt)
+
+
+def test_a_step_that_is_not_finite_is_written_down_and_left_out(
+    student_world: Any, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within `max_skipped` the stage goes on with finite weights; its samples can be looked at."""
+    poisoned(monkeypatch, 2)
+    folder = student_world.train(student_world.train_config(D2D | {"max_skipped": 1}))
+    lines = metrics_of(folder)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line.get("skipped", 0) for line in lines] == [0, 1, 1, 1]
+    assert all(line["forward_kl"] > 0 for line in (lines[0], *lines[2:]))
+    written = json.loads((folder / "not-finite-2.json").read_text())
+    assert written["step"] == 2
+    assert len(set(written["samples"])) == 4
+    assert all(torch.isfinite(t).all() for t in load_file(folder / "model" / "model.safetensors").values())
+
+
+def test_too_many_of_them_end_the_stage(student_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more than `max_skipped`."""
+    poisoned(monkeypatch, 2, 3)
+    with pytest.raises(TrainingError, match=r"step 3: .*2 such steps, `max_skipped` is 1.*not-finite-3.json"):
+        student_world.train(student_world.train_config(D2D | {"max_skipped": 1}))
+
+
+# ---- C11, C13 ----
+
+
+def test_a_step_that_does_not_fit_says_what_to_change(student_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C11: code 5, and what to lower; any other error of torch stays what it is."""
+    assert MemoryExhaustedError.exit_code == 5
+
+    def too_large(*_arguments: Any, **_keywords: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(objective_module, "distillation_loss", too_large)
+    with pytest.raises(
+        MemoryExhaustedError, match=r"Lower `micro_batch_size`, then `chunk_rows`, set `gradient_checkp"
+    ):
+        student_world.train(student_world.train_config(D2D))
+
+
+def test_a_second_trainer_in_one_folder_is_refused(student_world: Any, student_command: Callable[..., Any]) -> None:
+    """C13: who holds it is named; once that process has ended, however it ended, the folder is free."""
+    config = student_world.file(D2D)
+    with output_lock(student_world.output):
+        result = student_command("train", config)
+    assert result.code == 2
+    assert f"another trainer works in this folder: process {os.getpid()} on " in result.err
+    assert not (student_world.output / "d2d").exists()
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from pathlib import Path; from logitlake_student.output_lock import output_lock\n"
+            "with output_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)",
+            str(student_world.output),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    assert student_command("train", config).code == 2
+    holder.kill()
+    holder.wait(TIMEOUT_S)
+    holder.stdout.close()
+    assert student_command("train", config).code == 0
+
+
+# ---- C12 ----
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_ends_the_others(student_world: Any) -> None:
+    """A stopped process says nothing for `rank_timeout_s`: the other ends, torchrun ends both, and the checkpoint that
+    was there is gone on from."""
+    stage = D2D | {"steps": 400, "save_every": 2}
+    config = student_world.file(stage, rank_timeout_s=3.0)
+    launcher = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
+            *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
+            *("-m", "logitlake_student.cli", "train", str(config)),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert launcher.stderr is not None
+    try:
+        for line in launcher.stderr:
+            if "40/400" in line:
+                break
+        ranks = subprocess.run(
+            ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        os.kill(int(ranks[-1]), signal.SIGSTOP)
+        launcher.stderr.read()
+        assert launcher.wait(TIMEOUT_S) != 0
+    finally:
+        os.killpg(launcher.pid, signal.SIGKILL) if launcher.poll() is None else None
+        launcher.stderr.close()
+    assert any((student_world.output / "d2d").glob("checkpoint-*"))
