@@ -1,7 +1,8 @@
 """One trainer at a time in an output folder.
 
-The kernel holds the lock for the process and lets go of it when the process ends, however it ends: a lock cannot be
-left behind. Over a network file system that is so where it passes `flock` on to its server (NFS 4 does).
+The lock is a hidden file beside the folder. The kernel holds it for the process and lets go when the process ends,
+however it ends: a lock cannot be left behind. Over a network file system that is so where it passes `flock` on to its
+server (NFS 4 does).
 """
 
 import fcntl
@@ -12,36 +13,56 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from logitlake_shared.errors import ConfigError
 
 __all__ = ["output_lock"]
 
-_NAME = ".lock"
-
 
 @contextmanager
 def output_lock(folder: Path) -> Iterator[None]:
-    """Holds the folder, which is made. Raises `ConfigError` naming who holds it now."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _NAME).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{folder}: another trainer works in this folder: {_owner(file.name)}; wait for it, stop it, or choose "
-                "another `output`"
-            ) from None
+    """Holds the folder, which need not be there yet. Raises `ConfigError` naming who holds it now."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    with _locked(path, folder) as file:
         file.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": started}, file)
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
-def _owner(path: str) -> str:
+def _locked(path: Path, folder: Path) -> IO[str]:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ConfigError(
+                f"{folder}: another trainer works in this folder: {_owner(path)}; wait for it, stop it, or choose "
+                "another `output`"
+            ) from None
+        # One that ended in between has removed what we opened: whoever comes next would open another file.
+        if _is(path, file):
+            return file
+        file.close()
+
+
+def _is(path: Path, file: IO[str]) -> bool:
     try:
-        owner = json.loads(Path(path).read_text(encoding="utf-8"))
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
         return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
-    except (KeyError, ValueError):
+    except (OSError, KeyError, ValueError):
         return "a process that has just begun"
