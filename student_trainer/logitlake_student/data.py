@@ -58,6 +58,8 @@ def check_student_fits(spec: CaptureSpec, dataset: LakeDataset, renderer: Render
         )
     for position in range(min(_NUM_RENDERED_AGAIN, len(dataset))):
         sample = dataset[position]
+        if not sample.messages:
+            continue  # captured from token ids alone: there is no text to compare them with
         rendered = renderer.render(sample.messages)
         names = ["prompt_ids", "prompt_lengths", "response_ids", "response_lengths"]
         if sample.finish_reason != "given":

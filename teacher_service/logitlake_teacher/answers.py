@@ -94,13 +94,14 @@ def _read(
         return UnitError(
             sample_id=sample.sample_id, code="teacher_invalid", message="the teacher wrote nothing, not even EOS"
         )
-    said = ScoredSample(sample.sample_id, answer.rows, answer.expanded_length)
-    checked = accept(sample, said, ids_T, spec)
+    checked = accept(sample, ScoredSample(sample.sample_id, answer.rows, answer.expanded_length), ids_T, spec)
     if isinstance(checked, UnitError):
         return checked
+    # Token ids may come without their conversation; an answer alone would be none.
+    said = [{"role": "assistant", "content": renderer.decode(ids_T)}] if sample.messages else []
     complete = replace(
         sample,
-        messages=[*sample.messages, {"role": "assistant", "content": renderer.decode(ids_T)}],
+        messages=[*sample.messages, *said],
         response_ids=ids_T,
         response_lengths=np.array([len(ids_T)], np.int32),
     )

@@ -96,7 +96,8 @@ def single_turn(sample: PlannedSample) -> PlannedSample:
     ids_S, _ = interleave(sample.prompt_ids, sample.prompt_lengths, sample.response_ids, sample.response_lengths)
     answer_length = int(sample.response_lengths[-1])
     prompt_length = len(ids_S) - answer_length
-    answered = sample.messages[-1]["role"] == "assistant"
+    # Token ids may come without their conversation.
+    answered = bool(sample.messages) and sample.messages[-1]["role"] == "assistant"
     return replace(
         sample,
         messages=sample.messages[:-1] if answered else sample.messages,

@@ -304,6 +304,12 @@ def test_an_answer_of_the_teachers_own_tokens_fits(samples: LakeDataset, student
             check_student_fits(samples.spec, cast(LakeDataset, [replace(written, **change)]), renderer)
 
 
+def test_ids_without_their_text_are_believed(samples: LakeDataset, student_checkpoint: Path) -> None:
+    """A lake of token ids may hold no conversation; the tokenizer's own fields are compared all the same."""
+    alone = cast(LakeDataset, [replace(samples[0], messages=[])])
+    check_student_fits(samples.spec, alone, Renderer(student_checkpoint))
+
+
 def test_a_response_without_eos_is_learned_as_far_as_it_goes(samples: LakeDataset, real_inputs: StudentInputs) -> None:
     """B7: every token that the teacher wrote is a label, and none that it did not write."""
     given = samples[0]

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from logitlake_shared.data_formats import BadRecord
 from logitlake_shared.images import DecodedImage
 from logitlake_shared.lake import Lake
-from logitlake_teacher.config import ImagesConfig, Source
+from logitlake_teacher.config import ImagesConfig, Source, TokensSource
 
 PAGE = (Path(__file__).parents[2] / "docs" / "inputs.md").read_text(encoding="utf-8")
 FILES = re.findall(r'```json title="(.+?)"\n(.*?)```', PAGE, re.DOTALL)
@@ -20,7 +20,7 @@ SCRIPTS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 TABLES = [tomllib.loads(text) for text in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)]
 SOURCES = [table["data"][0] for table in TABLES if "data" in table]
 # Records that each example leaves once its own filters are through.
-COUNTS = {"llava": 2, "openai": 2, "hf_dataset": 1, "rlaif_v": 1, "fake": 20}
+COUNTS = {"llava": 2, "openai": 2, "hf_dataset": 1, "tokens": 1, "rlaif_v": 1, "fake": 20}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_the_page_has_an_example_of_every_type() -> None:
     assert {source["type"] for source in SOURCES} == set(COUNTS) == types
 
 
-@pytest.mark.parametrize("table", SOURCES, ids=lambda table: table["type"])
+@pytest.mark.parametrize("table", [one for one in SOURCES if one["type"] != "tokens"], ids=lambda table: table["type"])
 def test_an_example_is_read(page: Path, table: dict[str, Any]) -> None:
     """Every record that the table wants is good, and each of its images is loaded and decoded."""
     source: Any = TypeAdapter(Source).validate_python(table)
@@ -54,6 +54,14 @@ def test_an_example_is_read(page: Path, table: dict[str, Any]) -> None:
     with config.open_loader() as loader, config.open_decoder() as decoder:
         loaded = [loader.load(image) for record in records for image in record.images]
         assert all(isinstance(answer, DecodedImage) for answer in decoder.decode_all(loaded))
+
+
+def test_the_example_of_token_ids_is_read(page: Path) -> None:
+    """Columns and not records: no row has a problem."""
+    (table,) = [one for one in SOURCES if one["type"] == "tokens"]
+    (batch,) = TypeAdapter(TokensSource).validate_python(table).read()
+    assert len(batch) == COUNTS["tokens"]
+    assert batch.columns.column("problem").null_count == len(batch)
 
 
 def test_the_section_of_images_is_a_configuration() -> None:
@@ -71,7 +79,7 @@ def test_all_examples_together_are_captured(page: Path, tiny_teacher: Path, run_
         "engine": {"type": "fake"},
         "plan": {"folder": str(page / "plans")},
     }
-    for command, wanted in (("capture", {"llava", "openai", "hf_dataset", "fake"}), ("pairs", {"rlaif_v"})):
+    for command, wanted in (("capture", {"llava", "openai", "hf_dataset", "tokens", "fake"}), ("pairs", {"rlaif_v"})):
         data = [source for source in SOURCES if source["type"] in wanted]
         document = common | {"lake": {"uri": "lake", "cache": command}, "data": data}
         (page / f"{command}.toml").write_text(tomli_w.dumps(document), encoding="utf-8")

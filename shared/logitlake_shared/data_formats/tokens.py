@@ -9,12 +9,12 @@
 
 These are the columns of a lake's samples, where `docs/format.md` says what they mean. Ids are what a teacher is asked
 about in the end, so nothing is rendered, and rows stay Arrow columns: no row becomes a Python object unless it is bad,
-has its `messages` or has `images`. What a row says is checked as far as it can be without a teacher; whether its ids are
-the teacher's is for planning to see.
+has its `messages` or has `images`. What a row says is checked as far as it can be without a teacher; whether its ids
+are the teacher's is for planning to see.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from logitlake_shared.data_formats.columns import NumberLists, RowProblems
 from logitlake_shared.data_formats.files import InputFile, InputLog
 from logitlake_shared.data_formats.hf_dataset import row_images, turns_as_messages
 from logitlake_shared.data_formats.image_refs import ImageRef
@@ -34,7 +35,7 @@ from logitlake_shared.data_formats.tables import TableFile, column_names, table_
 from logitlake_shared.errors import DataError
 from logitlake_shared.messages import messages_text
 
-__all__ = ["TOKEN_LISTS", "TokenBatch", "list_sums", "selected_tokens", "token_batches"]
+__all__ = ["TOKEN_LISTS", "TokenBatch", "selected_tokens", "token_batches"]
 
 TOKEN_LISTS = ("prompt_ids", "prompt_lengths", "response_ids", "response_lengths")
 _TEXTS = ("task", "source", "split")
@@ -43,14 +44,12 @@ _OPTIONAL = ("sample_id", "messages", *_TEXTS, "images")
 _BATCH_TOKENS = 2**20
 _BATCH_ROWS = 4096
 _BATCH_ROWS_WITH_IMAGES = 64
-_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
 # Ids that `record_id` must look at: blank, long, or with a control character.
-_ODD_ID = r"^\s*$|\p{Cc}"
+_ODD_ID = r"^[\s\p{Z}]*$|\p{Cc}"
 _LONG_ID = 256
 _ROLES = ("system", "user", "assistant")
 
 Bool = npt.NDArray[np.bool_]
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class TokenBatch:
     """Rows of one file that follow each other. A row with a problem has empty lists."""
 
     columns: pa.RecordBatch
-    """`where`, `sample_id`, `task`, `source`, `split`, `messages` (JSON), the four lists (int32), and `problem`: why the
-    row cannot be used, else null"""
+    """`where`, `sample_id`, `task`, `source`, `split`, `messages` (JSON), the four lists (int32), and `problem`: why
+    the row cannot be used, else null"""
     images: tuple[tuple[ImageRef, ...], ...] | None = None
     """of each row; none where no row has any"""
 
@@ -98,23 +97,20 @@ def selected_tokens(batches: Iterator[TokenBatch], selection: Selection) -> Iter
     """The rows that are wanted, and every bad one met on the way, as `selected` does for records."""
     left = selection.limit
     for batch in batches:
-        is_good_N = np.asarray(batch.columns.column("problem").is_null().to_numpy(zero_copy_only=False), np.bool_)
-        is_taken_N = is_good_N & _wanted(batch, selection)
+        is_bad_N = np.asarray(batch.columns.column("problem").is_valid(), np.bool_)
+        is_taken_N = ~is_bad_N & _wanted(batch, selection)
         if left is not None:
-            behind_N = np.cumsum(is_taken_N) - is_taken_N
-            batch, is_good_N, is_taken_N = _cut(batch, is_good_N, is_taken_N, int((behind_N < left).sum()))
-            left -= int(is_taken_N.sum())
-        yield batch.filter(is_taken_N | ~is_good_N)
+            # Reading ends with the last record that is taken.
+            is_read_N = np.cumsum(is_taken_N, dtype=np.int64) - is_taken_N < left
+            is_bad_N, is_taken_N = is_bad_N & is_read_N, is_taken_N & is_read_N
+            left -= int(np.count_nonzero(is_taken_N))
+        yield batch.filter(is_bad_N | is_taken_N)
         if left == 0:
             return
 
 
-def _cut(batch: TokenBatch, is_good_N: Bool, is_taken_N: Bool, stop: int) -> tuple[TokenBatch, Bool, Bool]:
-    return batch.slice(0, stop), is_good_N[:stop], is_taken_N[:stop]
-
-
 def _wanted(batch: TokenBatch, selection: Selection) -> Bool:
-    wanted_N = np.ones(len(batch), np.bool_)
+    wanted_N: Bool = np.ones(len(batch), np.bool_)
     if selection.tasks is not None:
         is_in: Any = pc.is_in(batch.columns.column("task"), value_set=pa.array(selection.tasks, pa.string()))
         wanted_N &= is_in.to_numpy(zero_copy_only=False)
@@ -128,12 +124,6 @@ def _wanted(batch: TokenBatch, selection: Selection) -> Bool:
     return wanted_N
 
 
-def list_sums(values: npt.NDArray[Any], offsets: Int64) -> Int64:
-    """The sum of each list of a column: `values[offsets[n] : offsets[n + 1]]`."""
-    before = np.append(0, np.cumsum(values, dtype=np.int64))
-    return before[offsets[1:]] - before[offsets[:-1]]
-
-
 def _batch_rows(table: TableFile, names: Sequence[str]) -> int:
     """As many rows as hold about `_BATCH_TOKENS` ids."""
     if "images" in names:
@@ -142,47 +132,22 @@ def _batch_rows(table: TableFile, names: Sequence[str]) -> int:
         return _BATCH_ROWS  # the writer's own batches are no smaller in memory
     with pa.OSFile(str(table.file.path)) as source:
         metadata = pq.ParquetFile(source).metadata
-        num_values = sum(
+        num_values: int = sum(
             metadata.row_group(group).column(column).num_values
             for group in range(metadata.num_row_groups)
             for column in range(metadata.num_columns)
         )
-    return max(1, min(_BATCH_ROWS, _BATCH_TOKENS * metadata.num_rows // max(1, num_values)))
-
-
-class _Problems:
-    """The first problem of each row."""
-
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
-        self._by_row: dict[int, str] = {}
-
-    def add(self, rows: Bool | Sequence[int], reason: str) -> None:
-        """The reason for each of the rows, places or a mask."""
-        places = np.flatnonzero(rows).tolist() if isinstance(rows, np.ndarray) else rows
-        for row in places:
-            self._by_row.setdefault(row, reason)
-
-    def mask(self) -> Bool:
-        """Where there is one."""
-        is_bad_N = np.zeros(self._num_rows, np.bool_)
-        is_bad_N[list(self._by_row)] = True
-        return is_bad_N
-
-    def column(self) -> pa.Array:
-        """The reasons, null for good rows."""
-        if not self._by_row:
-            return pa.nulls(self._num_rows, pa.string())
-        return pa.array([self._by_row.get(row) for row in range(self._num_rows)], pa.string())
+        num_rows: int = metadata.num_rows
+    return max(1, min(_BATCH_ROWS, _BATCH_TOKENS * num_rows // max(1, num_values)))
 
 
 def _batch(rows: pa.RecordBatch, start: int, file: InputFile, options: ReadOptions) -> TokenBatch:
     rows.validate(full=True)  # text that is not UTF-8 is an unreadable file, not a crash further on
-    problems = _Problems(rows.num_rows)
+    problems = RowProblems(rows.num_rows)
     number_N = pa.array(np.arange(start, start + rows.num_rows)).cast(pa.string())
     where = pc.binary_join_element_wise(f"{file.name}: row ", number_N, "")
     ids = _ids(rows, start, file, number_N, problems)
-    lists = {name: _Lists(rows.column(name), name, file, problems) for name in TOKEN_LISTS}
+    lists = {name: NumberLists.read(rows.column(name), name, str(file.path), problems) for name in TOKEN_LISTS}
     _check_lengths(lists, problems)
     images = _images(rows, options, problems)
     texts = {name: _text(rows, name, file, getattr(options, name)) for name in _TEXTS}
@@ -201,73 +166,26 @@ def _batch(rows: pa.RecordBatch, start: int, file: InputFile, options: ReadOptio
     return TokenBatch(pa.RecordBatch.from_pydict(columns), images if images and any(images) else None)
 
 
-class _Lists:
-    """A column of lists of whole numbers as one flat array; nulls are problems and become empty lists and zeros."""
-
-    def __init__(self, column: pa.Array, name: str, file: InputFile, problems: _Problems) -> None:
-        type_ = column.type
-        is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
-        if not is_list or not pa.types.is_integer(type_.value_type):
-            raise DataError(f"{file.path}: column {name} must hold lists of whole numbers, got {type_}")
-        missing_N = column.is_null().to_numpy(zero_copy_only=False)
-        if missing_N.any():
-            problems.add(missing_N, f"`{name}` is null")
-        flat = column.flatten()
-        lengths_N: Any = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-        self.offsets: Int64 = np.append(0, np.cumsum(lengths_N, dtype=np.int64))
-        if flat.null_count:
-            self._add(problems, flat.is_null().to_numpy(zero_copy_only=False), f"`{name}` holds a null")
-            flat = flat.fill_null(0)
-        self.values: npt.NDArray[np.int32] = flat.to_numpy() if type_.value_type == pa.int32() else self._fit(
-            flat.to_numpy(), name, problems
-        )
-
-    def _fit(self, values: npt.NDArray[Any], name: str, problems: _Problems) -> npt.NDArray[np.int32]:
-        limits = np.iinfo(np.int32)
-        outside = (values < limits.min) | (values > limits.max)
-        if outside.any():
-            self._add(problems, outside, f"`{name}` holds {values[outside.argmax()]}, which 32 bits cannot hold")
-        return values.astype(np.int32)
-
-    def _add(self, problems: _Problems, is_bad: Bool, reason: str) -> None:
-        problems.add(np.unique(np.searchsorted(self.offsets, np.flatnonzero(is_bad), side="right") - 1).tolist(), reason)
-
-    @property
-    def sizes(self) -> Int64:
-        """The length of each list."""
-        return np.diff(self.offsets)
-
-    def array(self, is_empty_N: Bool) -> pa.Array:
-        """The column, with empty lists where `is_empty_N` holds."""
-        offsets, values = self.offsets, self.values
-        if is_empty_N.any():
-            values = values[np.repeat(~is_empty_N, self.sizes)]
-            offsets = np.append(0, np.cumsum(np.where(is_empty_N, 0, self.sizes)))
-        return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values), type=_IDS)
-
-
-def _check_lengths(lists: dict[str, _Lists], problems: _Problems) -> None:
+def _check_lengths(lists: Mapping[str, NumberLists], problems: RowProblems) -> None:
     """Segments sum to their ids, none is negative, and there is one prompt segment before each response."""
     prompts, responses = lists["prompt_lengths"], lists["response_lengths"]
-    unpaired_N = prompts.sizes != responses.sizes
-    problems.add(responses.sizes == 0, "`response_lengths` is empty; there is no response to score")
-    for row in np.flatnonzero(unpaired_N).tolist():
+    for row in np.flatnonzero(responses.sizes == 0).tolist():
+        problems.add(row, "`response_lengths` is empty; there is no response to score")
+    for row in np.flatnonzero(prompts.sizes != responses.sizes).tolist():
         problems.add(
-            [row],
+            row,
             f"{prompts.sizes[row]} prompt segments and {responses.sizes[row]} responses; expected one segment before "
             "each response",
         )
     for side, lengths in (("prompt", prompts), ("response", responses)):
-        if (lengths.values < 0).any():
-            lengths._add(problems, lengths.values < 0, f"`{side}_lengths` holds a negative number")
-        num_ids_N, sum_N = lists[f"{side}_ids"].sizes, list_sums(lengths.values, lengths.offsets)
+        for place in np.flatnonzero(lengths.values < 0).tolist():
+            problems.add(lengths.row_of(place), f"`{side}_lengths` holds {lengths.values[place]}, which is no length")
+        num_ids_N, sum_N = lists[f"{side}_ids"].sizes, lengths.sums
         for row in np.flatnonzero(num_ids_N != sum_N).tolist():
-            problems.add([row], f"`{side}_lengths` sum to {sum_N[row]}, `{side}_ids` has {num_ids_N[row]}")
+            problems.add(row, f"`{side}_lengths` sum to {sum_N[row]}, but `{side}_ids` holds {num_ids_N[row]} ids")
 
 
-def _ids(
-    rows: pa.RecordBatch, start: int, file: InputFile, number_N: pa.Array, problems: _Problems
-) -> pa.Array:
+def _ids(rows: pa.RecordBatch, start: int, file: InputFile, number_N: pa.Array, problems: RowProblems) -> pa.Array:
     """The ids as text; a row without one is named by its file and place."""
     places = pc.binary_join_element_wise(f"{file.stem}-", number_N, "")
     if "sample_id" not in rows.schema.names:
@@ -281,7 +199,7 @@ def _ids(
         try:
             record_id(column[row].as_py(), file, start + row)
         except RecordError as fault:
-            problems.add([row], str(fault).replace("`id`", "`sample_id`"))
+            problems.add(row, str(fault).replace("`id`", "`sample_id`"))
     is_bad_N = problems.mask()
     # What cannot be an id must not be one in an error row either.
     return pc.if_else(pa.array(is_bad_N), places, ids) if is_bad_N.any() else ids
@@ -290,7 +208,7 @@ def _ids(
 def _text(rows: pa.RecordBatch, name: str, file: InputFile, default: str) -> pa.Array:
     """A short text of each row, `default` where there is none."""
     if name not in rows.schema.names:
-        return pa.array(np.full(rows.num_rows, 0), pa.int32()) and _repeated(default, rows.num_rows)
+        return _repeated(default, rows.num_rows)
     column = rows.column(name)
     if not (_is_text(column.type) or pa.types.is_null(column.type)):
         raise DataError(f"{file.path}: column {name} must hold text, got {column.type}")
@@ -308,7 +226,7 @@ def _is_text(type_: pa.DataType) -> bool:
 
 
 def _images(
-    rows: pa.RecordBatch, options: ReadOptions, problems: _Problems
+    rows: pa.RecordBatch, options: ReadOptions, problems: RowProblems
 ) -> tuple[tuple[ImageRef, ...], ...] | None:
     if "images" not in rows.schema.names:
         return None
@@ -317,7 +235,7 @@ def _images(
         try:
             images.append(row_images(value, options.image_root))
         except (RecordError, ValueError) as fault:
-            problems.add([row], str(fault))
+            problems.add(row, str(fault))
             images.append(())
     return tuple(images)
 
@@ -327,7 +245,7 @@ def _messages(
     file: InputFile,
     options: ReadOptions,
     images: tuple[tuple[ImageRef, ...], ...] | None,
-    problems: _Problems,
+    problems: RowProblems,
 ) -> pa.Array:
     """The turns as the JSON that a lake holds; `[]` where the row has only its ids."""
     nothing = messages_text([])
@@ -342,13 +260,13 @@ def _messages(
         try:
             texts.append(nothing if value is None else _message_text(value, own, options))
         except (RecordError, ValueError) as fault:
-            problems.add([row], str(fault))
+            problems.add(row, str(fault))
             texts.append(nothing)
     return pa.array(texts, pa.string())
 
 
 def _message_text(value: Any, images: tuple[ImageRef, ...], options: ReadOptions) -> str:
-    """The turns as a lake holds them. JSON stays as it is, if it is that of turns. Raises `RecordError`, `ValueError`."""
+    """The turns as a lake holds them; JSON of turns stays as it is. Raises `RecordError`, `ValueError`."""
     if not isinstance(value, str):
         messages, _ = turns_as_messages(value, images, options.image_root, listed=True)
         check_messages(messages, len(images), needs_response=False)

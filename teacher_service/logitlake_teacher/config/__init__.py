@@ -30,6 +30,8 @@ from logitlake_teacher.config.sources import (
     OpenAiSource,
     RlaifVSource,
     Source,
+    TextSource,
+    TokensSource,
 )
 
 __all__ = [
@@ -59,6 +61,8 @@ __all__ = [
     "RlaifVSource",
     "Source",
     "TeacherConfig",
+    "TextSource",
+    "TokensSource",
     "VisualAdvantageRanking",
     "VllmEngineConfig",
 ]

@@ -16,7 +16,7 @@ from logitlake_teacher.config.estimate import EstimateConfig
 from logitlake_teacher.config.executors import ExecutorConfig, InlineExecutorConfig
 from logitlake_teacher.config.images import ImagesConfig
 from logitlake_teacher.config.pairs import GivenPairs, PairsOptions
-from logitlake_teacher.config.sources import ConversationSource, RlaifVSource, Source
+from logitlake_teacher.config.sources import ConversationSource, RlaifVSource, TextSource, TokensSource
 
 __all__ = ["CaptureConfig", "LakeConfig", "PairsConfig", "PlanConfig", "TeacherConfig"]
 
@@ -106,6 +106,15 @@ class CaptureConfig(_JobConfig):
         return self
 
     @model_validator(mode="after")
+    def _prompts_can_be_written_without_images(self) -> Self:
+        if self.no_image_pass and any(isinstance(source, TokensSource) for source in self.data):
+            raise ValueError(
+                "no_image_pass is true, which writes each prompt anew without its images, and there is data of type "
+                "tokens, whose prompts are ids. Set no_image_pass=false, or give that data as conversations"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _engine_sees_the_tail(self) -> Self:
         temperatures = self.codec.temperatures if isinstance(self.codec, CodecPolicy) else ()
         if temperatures and isinstance(self.engine, VllmEngineConfig) and self.engine.route == "prompt_logprobs":
@@ -128,7 +137,7 @@ class CaptureConfig(_JobConfig):
 class PairsConfig(_JobConfig):
     """`logitlake-teacher pairs`: the teacher's logprobs of chosen and rejected responses into a cache of pairs."""
 
-    data: tuple[Annotated[Source, Field(discriminator="type")], ...] = Field(min_length=1)
+    data: tuple[Annotated[TextSource, Field(discriminator="type")], ...] = Field(min_length=1)
     """preference data for pairs that are given, conversations for pairs that are made; one `[[data]]` table a source"""
     pairs: PairsOptions = GivenPairs()
     """`given`: the data holds chosen and rejected; `made`: the teacher writes candidates and ranks them"""

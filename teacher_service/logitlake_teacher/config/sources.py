@@ -6,7 +6,7 @@ as `BadRecord`; what becomes of them is `on_bad_record`, and the planner's to do
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -27,6 +27,9 @@ from logitlake_shared.data_formats import (
     selected,
 )
 
+if TYPE_CHECKING:
+    from logitlake_shared.data_formats.tokens import TokenBatch
+
 __all__ = [
     "ConversationSource",
     "FakeSource",
@@ -35,6 +38,8 @@ __all__ = [
     "OpenAiSource",
     "RlaifVSource",
     "Source",
+    "TextSource",
+    "TokensSource",
 ]
 
 # A folder or an address: a `Path` would make `s3:/bucket` of `s3://bucket`.
@@ -69,23 +74,27 @@ class _Source(StrictModel):
         return self
 
 
-class _Conversations(_Source):
+class _Turns(_Source):
     max_turns: int | None = Field(default=None, gt=0)
     """take conversations with at most this many answers"""
 
+    def _wanted(self) -> Selection:
+        return Selection(self.tasks, self.max_turns, self.min_images, self.max_images, self.limit)
+
+
+class _Conversations(_Turns):
     def read(self, log: InputLog | None = None) -> Iterator[Conversation | BadRecord]:
         """The records that are wanted, and every bad one; `log` learns the files as they are read.
 
         Raises `DataError` for a file that cannot be read on.
         """
-        wanted = Selection(self.tasks, self.max_turns, self.min_images, self.max_images, self.limit)
-        return selected(self._all(log), wanted)
+        return selected(self._all(log), self._wanted())
 
     def _all(self, log: InputLog | None) -> Iterator[Conversation | BadRecord]:
         raise NotImplementedError
 
 
-class _ConversationFiles(_Conversations):
+class _Files(_Turns):
     image_root: Place = "."
     """folder, or s3://, gs://, az:// address, that the records' image names are relative to"""
 
@@ -94,6 +103,10 @@ class _ConversationFiles(_Conversations):
         # the assistant's depends on what is captured, which the renderer checks.
         root = self.image_root if "://" in self.image_root else Path(self.image_root).absolute()
         return ReadOptions(root, self.source, self.task, self.split, needs_response=False)
+
+
+class _ConversationFiles(_Files, _Conversations):
+    pass
 
 
 class LlavaSource(_ConversationFiles):
@@ -136,6 +149,21 @@ class HfDatasetSource(_ConversationFiles):
     def _all(self, log: InputLog | None) -> Iterator[Conversation | BadRecord]:
         columns = HfColumns(self.messages_column, self.images_column, self.id_column, self.task_column)
         return hf_dataset_records(self.path, columns, self._options(), log)
+
+
+class TokensSource(_Files):
+    """Conversations that are token ids already, in Parquet or Arrow files: a plan of them needs no template."""
+
+    type: Literal["tokens"] = "tokens"
+    path: Path
+    """a Parquet or Arrow file with the columns of a lake's samples, a folder of them, or a pattern"""
+
+    def read(self, log: InputLog | None = None) -> "Iterator[TokenBatch]":
+        """As the conversations' `read`, of columns: bad rows are rows with a problem."""
+        # Here, because it needs pyarrow, whose import a `--help` should not wait for.
+        from logitlake_shared.data_formats.tokens import selected_tokens, token_batches
+
+        return selected_tokens(token_batches(self.path, self._options(), log), self._wanted())
 
 
 class FakeSource(_Conversations):
@@ -183,5 +211,8 @@ class RlaifVSource(_Source):
         return selected(rlaif_v_records(self.path, options, log), wanted)
 
 
-ConversationSource = Annotated[LlavaSource | OpenAiSource | HfDatasetSource | FakeSource, Field(discriminator="type")]
-Source = LlavaSource | OpenAiSource | HfDatasetSource | FakeSource | RlaifVSource
+ConversationSource = Annotated[
+    LlavaSource | OpenAiSource | HfDatasetSource | TokensSource | FakeSource, Field(discriminator="type")
+]
+TextSource = LlavaSource | OpenAiSource | HfDatasetSource | FakeSource | RlaifVSource
+Source = TextSource | TokensSource

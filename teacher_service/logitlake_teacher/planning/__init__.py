@@ -1,6 +1,7 @@
 """Planning: data sources -> deterministic units of work on disk.
 
 intake      records -> drafts: read, rendered, checked
+token_intake  the same of token ids, column by column
 rows        drafts as Arrow rows, and back to items
 spool       rows in order, whatever their number
 pictures    what must be known of the images

@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import os
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 
 from logitlake_schemas import CacheKind, DatasetIdentity
 from logitlake_shared.data_formats import Read
+from logitlake_shared.data_formats.tokens import TokenBatch
 from logitlake_shared.errors import DataError
 from logitlake_shared.rendering import Renderer
-from logitlake_teacher.config import ImagesConfig, PlanConfig, Source
+from logitlake_teacher.config import ImagesConfig, PlanConfig, Source, TokensSource
 from logitlake_teacher.engines.facts import EngineFacts
 from logitlake_teacher.planning.figures import PlanFigures, Tally
 from logitlake_teacher.planning.intake import Intake
 from logitlake_teacher.planning.pictures import Pictures
-from logitlake_teacher.planning.rows import digest, plan_schema, reference_of, set_columns
+from logitlake_teacher.planning.rows import digests_of, plan_schema, reference_of, set_columns
 from logitlake_teacher.planning.spool import Spool
+from logitlake_teacher.planning.token_intake import TokenIntake
 from logitlake_teacher.planning.units_file import UnitsWriter
 
 __all__ = ["OnProgress", "build"]
@@ -58,15 +59,12 @@ def build(
     """Writes the plan's units into `folder`, which is empty. Raises `DataError` for ids that are not unique."""
     ids = _UniqueIds()
     tally = Tally()
-    processes = config.processes or os.cpu_count() or 1
     with Spool(folder / "spool", plan_schema(kind)) as spool:
-        for source, records in _limited(sources, config.limit):
-            intake = Intake(kind, renderer.model_dir, open_end, source.on_bad_record == "skip", processes)
-            for rows in intake.rows(records, renderer):
-                ids.add(rows)
-                _tally_problems(rows, tally)
-                spool.append(rows)
-                on_progress(rows.num_rows)
+        for rows in _rows_of_sources(kind, sources, renderer, facts, config, open_end=open_end):
+            ids.add(rows)
+            _tally_problems(rows, tally)
+            spool.append(rows)
+            on_progress(rows.num_rows)
         repeated = ids.repeated()
         if len(repeated):
             raise _not_unique(spool.buckets(), set(repeated.tolist()))
@@ -79,8 +77,7 @@ def build(
                     item_digests = _item_digests(rows)
                     length_N = _lengths(rows, kind)
                     _tally_sound(rows, length_N, kind, tally)
-                    for item_digest in item_digests:
-                        whole.update(item_digest)
+                    whole.update(item_digests.buffers()[1])
                     units.add(rows, length_N, item_digests)
         finally:
             pictures.close()
@@ -120,10 +117,28 @@ def _not_unique(buckets: Iterator[pa.Table], suspects: set[int]) -> DataError:
     )
 
 
-def _limited(sources: Sequence[Source], limit: int | None) -> Iterator[tuple[Source, Iterator[Read]]]:
-    """Each source and its records, `limit` of all sources together."""
-    left = _Left(limit)
-    return ((source, left.take(source.read())) for source in sources)
+def _rows_of_sources(
+    kind: CacheKind,
+    sources: Sequence[Source],
+    renderer: Renderer,
+    facts: EngineFacts,
+    config: PlanConfig,
+    *,
+    open_end: bool,
+) -> Iterator[pa.RecordBatch]:
+    """The rows of one source after the other, `config.limit` of all sources together."""
+    left = _Left(config.limit)
+    processes = config.processes or os.cpu_count() or 1
+    for source in sources:
+        tolerant = source.on_bad_record == "skip"
+        if isinstance(source, TokensSource):
+            if kind != "samples":
+                raise DataError(f"{source.path}: a {kind} capture cannot use this source; see `[[data]] type`")
+            tokens = TokenIntake.of(renderer, facts.context_length, open_end=open_end, tolerant=tolerant)
+            yield from tokens.rows(left.take_rows(source.read()))
+        else:
+            intake = Intake(kind, renderer.model_dir, open_end, tolerant, processes)
+            yield from intake.rows(left.take(source.read()), renderer)
 
 
 class _Left:
@@ -135,6 +150,13 @@ class _Left:
             if self._left is not None:
                 self._left -= 1
             yield record
+
+    def take_rows(self, batches: Iterator[TokenBatch]) -> Iterator[TokenBatch]:
+        while self._left != 0 and (batch := next(batches, None)) is not None:
+            if self._left is not None:
+                batch = batch.slice(0, min(len(batch), self._left))
+                self._left -= len(batch)
+            yield batch
 
 
 def _tally_problems(rows: pa.RecordBatch, tally: Tally) -> None:
@@ -148,7 +170,7 @@ def _with_images(rows: pa.Table, pictures: Pictures, tally: Tally) -> pa.Table:
     num_images_N = _list_lengths(rows, "images")
     if not num_images_N.any():
         return rows
-    references = [reference_of(record) for record in pa.compute.list_flatten(rows.column("images")).to_pylist()]
+    references = [reference_of(record) for record in pc.list_flatten(rows.column("images")).to_pylist()]
     seen = pictures.look_at(references)
     sound = [picture for picture in seen.values() if picture.problem is None]
     tally.add(
@@ -181,13 +203,10 @@ def _with_images(rows: pa.Table, pictures: Pictures, tally: Tally) -> pa.Table:
     )
 
 
-def _item_digests(rows: pa.Table) -> list[bytes]:
+def _item_digests(rows: pa.Table) -> pa.Array:
     """Over everything of an item that reaches the lake or the teacher, images by their bytes."""
-    columns = (rows.column(name).to_pylist() for name in ("record_digest", "image_sha256", "problem_code"))
-    return [
-        digest(record, "".join(images).encode(), (code or "").encode())
-        for record, images, code in zip(*columns, strict=True)
-    ]
+    images = pc.binary_join(rows.column("image_sha256"), "")
+    return digests_of(rows.column("record_digest"), images, pc.fill_null(rows.column("problem_code"), ""))
 
 
 def _lengths(rows: pa.Table, kind: CacheKind) -> npt.NDArray[np.int64]:
@@ -212,20 +231,29 @@ def _image_tokens(rows: pa.Table) -> npt.NDArray[np.int64]:
 
 
 def _list_lengths(rows: pa.Table, name: str) -> npt.NDArray[np.int64]:
-    lengths: Any = pa.compute.list_value_length(rows.column(name)).to_numpy()
+    lengths: Any = pc.list_value_length(rows.column(name)).to_numpy()
     return np.asarray(lengths, np.int64)
 
 
 def _tally_sound(rows: pa.Table, length_N: npt.NDArray[np.int64], kind: CacheKind, tally: Tally) -> None:
     is_sound_N = np.asarray(rows.column("problem_code").is_null().to_numpy(), np.bool_)
     sound = rows.filter(pa.array(is_sound_N))
-    # Equal items have one order key, so they are in one table.
-    questions = zip(*(sound.column(name).to_pylist() for name in ("content_digest", "image_sha256")), strict=True)
-    distinct = {(content, *images) for content, images in questions}
     tally.add(
-        Counter(sound.column("task").to_pylist()),
+        _counts(sound.column("task")),
         length_N[is_sound_N],
         image_tokens=int(_PROMPTS[kind] * _image_tokens(sound).sum()),
         response_tokens=int(_response_lengths(sound, kind).sum()),
-        duplicates=sound.num_rows - len(distinct),
+        duplicates=sound.num_rows - _num_distinct(sound),
     )
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    counts = pc.value_counts(column)
+    return dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
+
+
+def _num_distinct(rows: pa.Table) -> int:
+    """Items with another prompt, response or image than every other; equal ones have one order key, and one table."""
+    seen = {"content": rows.column("content_digest"), "images": pc.binary_join(rows.column("image_sha256"), "")}
+    distinct: int = pa.table(seen).group_by(list(seen)).aggregate([]).num_rows
+    return distinct

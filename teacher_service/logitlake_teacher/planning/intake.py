@@ -28,7 +28,7 @@ from logitlake_shared.rendering import Rendered, Renderer
 from logitlake_teacher.items import PlannedPair, PlannedSample
 from logitlake_teacher.planning.rows import Draft, rows_of
 
-__all__ = ["RECORD_INVALID", "Intake"]
+__all__ = ["RECORD_INVALID", "Intake", "image_fault"]
 
 RECORD_INVALID = "record_invalid"
 """code of a record that cannot be read or rendered"""
@@ -190,20 +190,24 @@ def _checked(
     if isinstance(rendered, DataError):
         return rendered
     token = renderer.image_token_id
-    num_images = len(record.images)
+    num_placeholders = 0 if token is None else rendered.prompt_ids.tolist().count(token)
+    misplaced = token is not None and token in rendered.response_ids.tolist()
+    fault = image_fault(token, len(record.images), num_placeholders, misplaced)
+    return rendered if fault is None else DataError(fault)
+
+
+def image_fault(token: int | None, num_images: int, num_placeholders: int, misplaced: bool) -> str | None:
+    """Why a record's images do not fit the placeholders in its ids, or the teacher; `token` is the placeholder."""
     if token is None:
-        if num_images:
-            return DataError(f"it has {num_images} images, but the teacher reads text only; use a multimodal one")
-        return rendered
-    num_placeholders = rendered.prompt_ids.tolist().count(token)
+        return (
+            f"it has {num_images} images, but the teacher reads text only; use a multimodal one" if num_images else None
+        )
     if num_placeholders != num_images:
-        return DataError(
+        return (
             f"the prompt holds {num_placeholders} image placeholders but {num_images} images were given; write "
             "<image> once for each image, in the order of the images"
         )
-    if token in rendered.response_ids.tolist():
-        return DataError("an image placeholder stands inside a response; only prompts can hold images")
-    return rendered
+    return "an image placeholder stands inside a response; only prompts can hold images" if misplaced else None
 
 
 def _history(rendered: Rendered) -> npt.NDArray[np.int32]:

@@ -136,6 +136,7 @@ def make_plan(
             "stamps": stamps,
             "tokenizer": renderer.identity().model_dump(mode="json"),
             "image_rule": facts.image_rule,
+            "context_length": facts.context_length,
             "images": images.model_dump(mode="json"),
             "unit_tokens": config.unit_tokens,
             "limit": config.limit,

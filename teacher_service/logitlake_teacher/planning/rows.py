@@ -5,7 +5,7 @@ become, and the digests that order it, name it and find its duplicates. A unit o
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from logitlake_schemas import CacheKind, UnitError
 from logitlake_shared.arrow_lists import column_views, list_array
@@ -21,7 +22,17 @@ from logitlake_shared.data_formats import ImageRef
 from logitlake_shared.messages import StoredMessages, messages_text
 from logitlake_teacher.items import Item, PlannedPair, PlannedSample
 
-__all__ = ["DIGEST_BYTES", "Draft", "digest", "items_of", "plan_schema", "reference_of", "rows_of", "set_columns"]
+__all__ = [
+    "DIGEST_BYTES",
+    "Draft",
+    "digests_of",
+    "items_of",
+    "plan_schema",
+    "reference_of",
+    "rows_of",
+    "rows_of_columns",
+    "set_columns",
+]
 
 DIGEST_BYTES = 16
 Int32 = npt.NDArray[np.int32]
@@ -49,6 +60,7 @@ _IDS_OF: dict[CacheKind, tuple[str, ...]] = {
     "samples": ("prompt_ids", "prompt_lengths", "response_ids", "response_lengths"),
     "pairs": ("prompt_ids", "chosen_ids", "rejected_ids"),
 }
+_RECORD = ("item_id", "task", "source", "split", "messages")
 _QUESTION_OF: dict[CacheKind, tuple[str, ...]] = {
     "samples": ("prompt_ids", "response_ids"),
     "pairs": ("prompt_ids", "chosen_ids", "rejected_ids"),
@@ -69,33 +81,52 @@ def plan_schema(kind: CacheKind) -> pa.Schema:
 
 
 def rows_of(kind: CacheKind, drafts: Sequence[Draft], *, tolerant: bool = False) -> pa.RecordBatch:
-    """The drafts as rows; digests are computed here, images still have no sha256 and no tokens.
-
-    `tolerant`: their source lets problems pass.
-    """
+    """The drafts as rows of a plan; `tolerant`: their source lets problems pass."""
     items = [draft.item for draft in drafts]
-    messages = [messages_text(item.messages) for item in items]
-    contents = [digest(*(getattr(item, name).tobytes() for name in _QUESTION_OF[kind])) for item in items]
-    columns: dict[str, list[Any]] = {
-        "order_key": [_order_key(item, content) for item, content in zip(items, contents, strict=True)],
-        "content_digest": contents,
-        "record_digest": [_record_digest(kind, *own) for own in zip(items, messages, strict=True)],
+    described: dict[str, list[Any]] = {
         "where": [draft.where for draft in drafts],
         "item_id": [item.item_id for item in items],
         "task": [item.task for item in items],
         "source": [item.source for item in items],
         "split": [item.split for item in items],
-        "messages": messages,
-        "images": [[_row_of(image) for image in item.images] for item in items],
-        "image_sha256": [item.image_sha256 for item in items],
-        "num_image_tokens": [0] * len(items),
+        "messages": [messages_text(item.messages) for item in items],
         "problem_code": [item.problem.code if item.problem else None for item in items],
         "problem_message": [item.problem.message if item.problem else None for item in items],
-        "tolerated": [tolerant] * len(items),
         **{name: [getattr(item, name) for item in items] for name in _IDS_OF[kind]},
     }
     schema = plan_schema(kind)
-    return pa.RecordBatch.from_arrays([list_array(columns[field.name], field.type) for field in schema], schema=schema)
+    columns = {name: list_array(values, schema.field(name).type) for name, values in described.items()}
+    return rows_of_columns(kind, columns, [item.images for item in items], tolerant=tolerant)
+
+
+def rows_of_columns(
+    kind: CacheKind,
+    described: Mapping[str, pa.Array],
+    images: Sequence[tuple[ImageRef, ...]] | None,
+    *,
+    tolerant: bool = False,
+) -> pa.RecordBatch:
+    """What is said of items, a column each, as rows of a plan; digests are computed here.
+
+    `described` holds place, id, origin, messages, problem and the lists of ids; `images` are those of each item, none
+    where no item has any. They still have no sha256 and no tokens.
+    """
+    num_rows = len(described["where"])
+    schema = plan_schema(kind)
+    content = digests_of(*(described[name] for name in _QUESTION_OF[kind]))
+    columns = {
+        **described,
+        "order_key": content if images is None else _order_keys(content, images),
+        "content_digest": content,
+        "record_digest": digests_of(*(described[name] for name in (*_RECORD, *_IDS_OF[kind]))),
+        "images": _empty_lists(num_rows, schema.field("images").type)
+        if images is None
+        else pa.array([[_row_of(image) for image in own] for own in images], schema.field("images").type),
+        "image_sha256": _empty_lists(num_rows, schema.field("image_sha256").type),
+        "num_image_tokens": pa.array(np.zeros(num_rows, np.int32)),
+        "tolerated": pa.array(np.full(num_rows, tolerant)),
+    }
+    return pa.RecordBatch.from_arrays([columns[field.name] for field in schema], schema=schema)
 
 
 def set_columns(table: pa.Table, **columns: pa.Array) -> pa.Table:
@@ -136,19 +167,52 @@ def _columns(rows: pa.Table, *names: str) -> list[Any]:
     return [column_views(rows.column(name)) for name in names]
 
 
-def _order_key(item: Item, content: bytes) -> bytes:
-    return digest(*(image.key.encode() for image in item.images)) if item.images else content
-
-
-def _record_digest(kind: CacheKind, item: Item, messages: str) -> bytes:
-    texts = (item.item_id, item.task, item.source, item.split, messages)
-    return digest(*(text.encode() for text in texts), *(getattr(item, name).tobytes() for name in _IDS_OF[kind]))
-
-
-def digest(*parts: bytes) -> bytes:
+def _digest(*parts: bytes) -> bytes:
     """Over the parts and their lengths, so that nothing can move from one part to its neighbour unseen."""
     framed = b"".join([piece for part in parts for piece in (len(part).to_bytes(8, "little"), part)])
     return hashlib.sha256(framed).digest()[:DIGEST_BYTES]
+
+
+def digests_of(*parts: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """`_digest` of each row, its parts in columns: text as UTF-8, lists of int32 as their bytes. No nulls.
+
+    Arrow frames all rows at once; what is left for each of them is one call of sha256.
+    """
+    framed: list[Any] = []
+    for part in parts:
+        data = _as_binary(part.combine_chunks() if isinstance(part, pa.ChunkedArray) else part)
+        lengths_N = pc.binary_length(data).to_numpy().astype("<i8")
+        framed += (_binary(np.arange(0, 8 * len(data) + 1, 8), lengths_N), data)
+    joined = pc.binary_join_element_wise(*framed, b"")
+    sha256 = hashlib.sha256
+    digests = b"".join([sha256(text).digest()[:DIGEST_BYTES] for text in joined.to_pylist()])
+    return pa.FixedSizeBinaryArray.from_buffers(_DIGEST, len(joined), [None, pa.py_buffer(digests)])
+
+
+def _as_binary(array: pa.Array) -> pa.Array:
+    if pa.types.is_list(array.type):
+        values = array.values.to_numpy()
+        return _binary(array.offsets.to_numpy().astype(np.int64) * values.itemsize, values)
+    return array.cast(pa.binary())
+
+
+def _binary(offsets: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> pa.Array:
+    """The bytes of `values` between the offsets, which count bytes."""
+    buffers = [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(values)]
+    return pa.BinaryArray.from_buffers(pa.binary(), len(offsets) - 1, buffers)
+
+
+def _order_keys(content: pa.Array, images: Sequence[tuple[ImageRef, ...]]) -> pa.Array:
+    keys = [
+        _digest(*(image.key.encode() for image in own)) if own else own_content
+        for own, own_content in zip(images, content.to_pylist(), strict=True)
+    ]
+    return pa.array(keys, _DIGEST)
+
+
+def _empty_lists(num_rows: int, type_: pa.DataType) -> pa.Array:
+    offsets = pa.array(np.zeros(num_rows + 1, np.int32))
+    return pa.ListArray.from_arrays(offsets, pa.array([], type_.value_type), type=type_)
 
 
 def reference_of(record: dict[str, Any]) -> ImageRef:

@@ -5,7 +5,15 @@ from typing import assert_never
 from logitlake_shared.data_formats import input_files
 from logitlake_shared.data_formats.files import JSON_SUFFIXES, InputFile
 from logitlake_shared.data_formats.tables import table_files
-from logitlake_teacher.config import FakeSource, HfDatasetSource, LlavaSource, OpenAiSource, RlaifVSource, Source
+from logitlake_teacher.config import (
+    FakeSource,
+    HfDatasetSource,
+    LlavaSource,
+    OpenAiSource,
+    RlaifVSource,
+    Source,
+    TokensSource,
+)
 
 __all__ = ["file_stamps"]
 
@@ -28,7 +36,7 @@ def _files(source: Source) -> list[InputFile]:
             return []
         case LlavaSource() | OpenAiSource():
             return input_files(source.path, JSON_SUFFIXES)
-        case HfDatasetSource() | RlaifVSource():
+        case HfDatasetSource() | TokensSource() | RlaifVSource():
             return [table.file for table in table_files(source.path)]
         case _:
             assert_never(source)

@@ -4,8 +4,7 @@ Beside it stands an index (id, items, tokens of each unit), small enough for mem
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -16,7 +15,7 @@ import pyarrow.ipc
 
 from logitlake_schemas import CacheKind
 from logitlake_teacher.items import Unit
-from logitlake_teacher.planning.rows import items_of
+from logitlake_teacher.planning.rows import DIGEST_BYTES, items_of
 
 __all__ = ["UnitsFile", "UnitsWriter"]
 
@@ -35,6 +34,7 @@ class UnitsWriter:
         self._writer = pa.ipc.new_file(folder / _UNITS, schema, options=_OPTIONS)
         self._pending: list[pa.Table] = []
         self._pending_digests: list[bytes] = []
+        self._pending_rows = 0
         self._pending_tokens = 0
         self._ids: list[str] = []
         self._num_items: list[int] = []
@@ -57,35 +57,46 @@ class UnitsWriter:
         with pa.ipc.new_file(self._folder / _INDEX, index.schema) as writer:
             writer.write_table(index)
 
-    def add(self, rows: pa.Table, length_N: npt.NDArray[np.int64], digests: Sequence[bytes]) -> None:
-        """The next rows in order, with the tokens and the digest of each item."""
-        start = 0
-        for first, tokens in self._groups(rows, length_N):
-            if self._pending_tokens + tokens > self._unit_tokens:
-                self._take(rows, start, first, digests)
-                self._flush()
-                start = first
-            self._pending_tokens += tokens
-        self._take(rows, start, rows.num_rows, digests)
-
-    def _groups(self, rows: pa.Table, length_N: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-        """First row and tokens of the rows that share an order key; one by one if they do not fit a unit."""
+    def add(self, rows: pa.Table, length_N: npt.NDArray[np.int64], digests: pa.Array) -> None:
+        """The next rows in order, with the tokens and the digest (`DIGEST_BYTES` each) of each item."""
         if not rows.num_rows:
             return
-        keys = np.asarray(rows.column("order_key").to_pylist(), dtype=object)
-        borders = [0, *(np.flatnonzero(keys[1:] != keys[:-1]) + 1).tolist(), rows.num_rows]
-        tokens_before = np.append(0, np.cumsum(length_N)).tolist()
-        for first, stop in pairwise(borders):
-            tokens = tokens_before[stop] - tokens_before[first]
-            if tokens <= self._unit_tokens:
-                yield first, tokens
-            else:
-                yield from ((place, int(length_N[place])) for place in range(first, stop))
+        stops, tokens = self._groups(rows, length_N)
+        tokens_before = np.append(0, np.cumsum(tokens))
+        start = group = 0
+        while True:
+            # The groups up to `following` fit the unit; an empty unit takes one whatever its size.
+            room = self._unit_tokens - self._pending_tokens
+            following = int(np.searchsorted(tokens_before, tokens_before[group] + room, side="right")) - 1
+            following = max(following, group)
+            if following == group and not self._pending_rows:
+                following = group + 1
+            stop = int(stops[following - 1]) if following else 0
+            self._take(rows, start, stop, int(tokens_before[following] - tokens_before[group]), digests)
+            if following == len(tokens):
+                return
+            self._flush()
+            start, group = stop, following
 
-    def _take(self, rows: pa.Table, start: int, stop: int, digests: Sequence[bytes]) -> None:
+    def _groups(
+        self, rows: pa.Table, length_N: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """End and tokens of the rows that share an order key; one by one if they do not fit a unit."""
+        keys = rows.column("order_key").combine_chunks()
+        key_N = np.frombuffer(keys.buffers()[1], f"V{DIGEST_BYTES}")[keys.offset : keys.offset + len(keys)]
+        is_last_N = np.append(key_N[1:] != key_N[:-1], True)
+        group_N = np.cumsum(is_last_N) - is_last_N
+        tokens_G = np.bincount(group_N, length_N).astype(np.int64)
+        is_stop_N = is_last_N | (tokens_G > self._unit_tokens)[group_N]
+        stops = np.flatnonzero(is_stop_N) + 1
+        return stops, np.diff(np.append(0, np.cumsum(length_N))[np.append(0, stops)])
+
+    def _take(self, rows: pa.Table, start: int, stop: int, tokens: int, digests: pa.Array) -> None:
         if stop > start:
             self._pending.append(rows.slice(start, stop - start))
-            self._pending_digests += digests[start:stop]
+            self._pending_digests.append(bytes(digests.buffers()[1][start * DIGEST_BYTES : stop * DIGEST_BYTES]))
+            self._pending_rows += stop - start
+            self._pending_tokens += tokens
 
     def _flush(self) -> None:
         if self._pending:
@@ -95,7 +106,7 @@ class UnitsWriter:
             self._num_items.append(batch.num_rows)
             self._num_tokens.append(self._pending_tokens)
             self._writer.write_batch(batch)
-        self._pending, self._pending_digests, self._pending_tokens = [], [], 0
+        self._pending, self._pending_digests, self._pending_rows, self._pending_tokens = [], [], 0, 0
 
 
 class UnitsFile(Sequence[Unit]):
