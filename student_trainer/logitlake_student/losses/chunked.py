@@ -111,11 +111,12 @@ class ChunkedHead:
         if self.grad_hidden_RH is not None:
             self.grad_hidden_RH[rows] = self._product(grad_CV, self._weight_VH)
         if self.grad_weight_VH is not None:
-            if grad_CV.dtype == self.dtype:
-                with self._without_autocast():
-                    self.grad_weight_VH.addmm_(grad_CV.t(), self._hidden_RH[rows])
-            else:
-                self.grad_weight_VH += self._product(grad_CV.t(), self._hidden_RH[rows])
+            hidden_CH, total_VH = self._hidden_RH[rows], self.grad_weight_VH
+            with self._without_autocast():
+                if grad_CV.dtype == self.dtype:
+                    total_VH.addmm_(grad_CV.t(), hidden_CH)
+                else:
+                    torch.addmm(total_VH, grad_CV.t(), hidden_CH, out_dtype=self.dtype, out=total_VH)
 
     def _accumulate_blocks(self, rows: slice, grad_CV: Tensor) -> None:
         hidden_CH = self._hidden_RH[rows].to(self.dtype)

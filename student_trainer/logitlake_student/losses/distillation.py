@@ -278,13 +278,15 @@ class _Student(NamedTuple):
 
     classes: Classes
     cached_ids_CK: Tensor
-    share_CV: Tensor
-    """its tail as a distribution of its own: 0 at the cached ids, else summing to 1"""
+    odds_CV: Tensor
+    """its tail as a distribution of its own but for the factor `sum_C`: 0 at the cached ids"""
+    sum_C: Tensor
+    """of `odds_CV`; 1 where the cached ids are all there are"""
     log_q_label_C: Tensor
 
     @classmethod
     def of(cls, logits_CV: Tensor, labels_C: Tensor, teacher: TeacherBatch, rows: slice) -> "_Student":
-        """From logits, whose place `share_CV` takes.
+        """From logits, whose place `odds_CV` takes.
 
         The tail has an exponential to its own maximum, so that it is as exact where the head holds almost everything.
         """
@@ -293,31 +295,27 @@ class _Student(NamedTuple):
         log_r_C1 = teacher.log_tail_mass_R[rows, None].to(logits_CV.dtype)
         cached_CK = torch.isfinite(log_p_CK)
         label_logits_C1 = logits_CV.gather(1, labels_C[:, None])
-        head_logits_CK = torch.where(cached_CK, logits_CV.gather(1, ids_CK), -torch.inf)
+        head_logits_CK = logits_CV.gather(1, ids_CK).masked_fill_(~cached_CK, -torch.inf)
         # A padded slot may point at an id that is cached, or at one that is not: `amin` against +inf changes neither.
-        ceiling_CK = torch.where(cached_CK, -torch.inf, torch.inf).to(logits_CV.dtype)
+        ceiling_CK = torch.full_like(log_p_CK, torch.inf).masked_fill_(cached_CK, -torch.inf)
         logits_CV.scatter_reduce_(1, ids_CK, ceiling_CK, "amin")
         outside_max_C1 = logits_CV.amax(dim=-1, keepdim=True)
         has_outside_C1 = torch.isfinite(outside_max_C1)
-        share_CV = logits_CV.sub_(torch.where(has_outside_C1, outside_max_C1, 0.0)).exp_()
-        sum_C1 = share_CV.sum(dim=-1, keepdim=True)
-        share_CV.div_(torch.where(has_outside_C1, sum_C1, 1.0))
+        no_outside_C1 = ~has_outside_C1
+        odds_CV = logits_CV.sub_(outside_max_C1.masked_fill(no_outside_C1, 0.0)).exp_()
+        sum_C1 = odds_CV.sum(dim=-1, keepdim=True)
         # All logits relative to the largest of the row: next to 0 a logsumexp is exact.
         max_C1 = torch.maximum(head_logits_CK.amax(dim=-1, keepdim=True), outside_max_C1)
         head_CK, outside_C1 = head_logits_CK - max_C1, outside_max_C1 - max_C1 + sum_C1.log()
         lse_C1 = torch.logaddexp(head_CK.logsumexp(dim=-1, keepdim=True), outside_C1)
+        exists_CJ = torch.cat([cached_CK, has_outside_C1], dim=1)
         classes = Classes(
-            torch.cat([torch.where(cached_CK, log_p_CK, 0.0), log_r_C1], dim=1),
-            torch.cat(
-                [
-                    torch.where(cached_CK, head_CK - lse_C1, 0.0),
-                    torch.where(has_outside_C1, outside_C1 - lse_C1, 0.0),
-                ],
-                dim=1,
-            ),
-            torch.cat([cached_CK, has_outside_C1], dim=1),
+            torch.cat([log_p_CK.masked_fill(~cached_CK, 0.0), log_r_C1], dim=1),
+            (torch.cat([head_CK, outside_C1], dim=1) - lse_C1).masked_fill_(~exists_CJ, 0.0),
+            exists_CJ,
         )
-        return cls(classes, ids_CK, share_CV, (label_logits_C1 - max_C1 - lse_C1).squeeze(1))
+        total_C = sum_C1.masked_fill_(no_outside_C1, 1.0).squeeze(1)
+        return cls(classes, ids_CK, odds_CV, total_C, (label_logits_C1 - max_C1 - lse_C1).squeeze(1))
 
 
 def _pull(
@@ -330,8 +328,8 @@ def _pull(
     *,
     ce_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """Each row's divergence under its weight, and the gradient of all in the place of `share_CV`."""
-    classes, share_CV, temperature = student.classes, student.share_CV, terms.temperature
+    """Each row's divergence under its weight, and the gradient of all in the place of `odds_CV`."""
+    classes, odds_CV, temperature = student.classes, student.odds_CV, terms.temperature
     exists_CJ, log_s_C = classes.exists_CJ, classes.log_q_CJ[:, -1]
     tail = None
     if teacher.log_bound_R is None:
@@ -340,8 +338,8 @@ def _pull(
         only_head = classes._replace(exists_CJ=exists_CJ.clone())
         only_head.exists_CJ[:, -1] = False
         value_C, slopes_CJ = _with_slopes(forward_kl, only_head, wants_gradient)
-        bound_C = teacher.log_bound_R[rows].to(share_CV.dtype).exp()
-        tail = _BoundedTail.of(share_CV, classes.log_p_CJ[:, -1].exp(), bound_C)
+        bound_C = teacher.log_bound_R[rows].to(odds_CV.dtype).exp()
+        tail = _BoundedTail.of(odds_CV, student.sum_C, classes.log_p_CJ[:, -1].exp(), bound_C)
         value_C = value_C + tail.kl_C(log_s_C)
         slopes_CJ[:, -1] = -tail.scale_C
     counts_C = torch.full_like(value_C, temperature**2)
@@ -349,15 +347,15 @@ def _pull(
         counts_C = counts_C * teacher.weight_R[rows]
     value_C = value_C * counts_C
     if not wants_gradient:
-        return value_C, share_CV
+        return value_C, odds_CV
 
     # d(logits / T) is d(logits) / T.
     weight_C = terms.divergence_weight * counts_C / temperature
-    q_CJ = torch.where(exists_CJ, classes.log_q_CJ.exp(), 0.0)
+    q_CJ = classes.log_q_CJ.exp().masked_fill_(~exists_CJ, 0.0)
     s_C, head_slopes_CK = q_CJ[:, -1], slopes_CJ[:, :-1]
     total_C = -head_slopes_CK.sum(dim=1) - (slopes_CJ[:, -1] if tail is None else -tail.mass_C())
     of_q_C = ce_weight + weight_C * total_C
-    grad_CV = share_CV.mul_((of_q_C * s_C + weight_C * slopes_CJ[:, -1])[:, None])
+    grad_CV = odds_CV.mul_(((of_q_C * s_C + weight_C * slopes_CJ[:, -1]) / student.sum_C)[:, None])
     if tail is not None:
         of_q_N = (of_q_C * s_C)[tail.row_N] * tail.share_N
         grad_CV[tail.row_N, tail.id_N] = of_q_N - weight_C[tail.row_N] * tail.bound_N
@@ -393,37 +391,36 @@ class _BoundedTail(NamedTuple):
     bound_N: Tensor
 
     @classmethod
-    def of(cls, share_CV: Tensor, mass_C: Tensor, bound_C: Tensor) -> "_BoundedTail":
-        """The scale with which they sum to `mass`.
+    def of(cls, odds_CV: Tensor, sum_C: Tensor, mass_C: Tensor, bound_C: Tensor) -> "_BoundedTail":
+        """The scale with which they sum to `mass`; the student's shares are `odds_CV / sum_C`.
 
         Each round caps what the last c lifted above the bound and spreads the rest over the others; c only grows, so
         what is capped stays capped, and mass > bound x number of capped holds throughout. Rounds look at the few tokens
         that a somewhat larger c would cap, and at all of them again only where c grew beyond that.
         """
-        scale_C, free_C, num_capped = mass_C, torch.ones_like(mass_C), 0
-        looked_C = torch.zeros_like(mass_C)
-        row_N = id_N = torch.empty(0, dtype=torch.long, device=share_CV.device)
-        share_N = share_CV.new_empty(0)
-        capped_N = torch.empty(0, dtype=torch.bool, device=share_CV.device)
+        scale_C, looked_C, num_capped, grew = mass_C, mass_C, 0, True
         for _ in range(_MAX_ROUNDS):
-            if bool((scale_C > looked_C).any()):
+            if grew:
                 looked_C = _LOOKED_AHEAD * scale_C
                 # A scale of 0 is a row without a tail: nothing is above infinity.
-                row_N, id_N = (share_CV > (bound_C / looked_C)[:, None]).nonzero(as_tuple=True)
-                share_N = share_CV[row_N, id_N]
+                row_N, id_N = (odds_CV > (bound_C / looked_C * sum_C)[:, None]).nonzero(as_tuple=True)
+                odds_N = odds_CV[row_N, id_N]
                 # Summed without them: 1 - their sum has no digits where they are nearly all.
-                share_CV[row_N, id_N] = 0
-                rest_C = share_CV.sum(dim=1)
-                share_CV[row_N, id_N] = share_N
+                odds_CV[row_N, id_N] = 0
+                rest_C = odds_CV.sum(dim=1) / sum_C
+                odds_CV[row_N, id_N] = odds_N
+                share_N = odds_N / sum_C[row_N]
             capped_N = share_N > (bound_C / scale_C)[row_N]
-            if int(capped_N.sum()) == num_capped:
-                break
-            num_capped = int(capped_N.sum())
-            free_C = rest_C.index_add(0, row_N, torch.where(capped_N, 0.0, share_N))
+            free_C = rest_C.index_add(0, row_N, share_N.masked_fill(capped_N, 0.0))
             num_C = torch.zeros_like(mass_C).index_add(0, row_N, capped_N.to(mass_C.dtype))
             left_C = mass_C - bound_C * num_C
             # A student whose tail is one token leaves nothing to spread over.
             scale_C = torch.where((num_C > 0) & (free_C > 0), left_C / free_C.clamp_min(_TINY), scale_C)
+            # One wait for the device a round.
+            num_now, grew = torch.stack([capped_N.sum(), (scale_C > looked_C).any()]).tolist()
+            if num_now == num_capped:
+                break
+            num_capped = num_now
         row_N, id_N, share_N = row_N[capped_N], id_N[capped_N], share_N[capped_N]
         return cls(scale_C, free_C, row_N, id_N, share_N, bound_C[row_N])
 

@@ -120,9 +120,9 @@ def _without_rest(classes: Classes) -> Classes:
 def _kl(log_a_CJ: Tensor, log_b_CJ: Tensor, exists_CJ: Tensor) -> Tensor:
     """sum a (log a - log b); classes without mass in a count nothing."""
     # Chosen before the difference is taken: a gradient through -inf is not a number, even where it is multiplied by 0.
-    counts_CJ = exists_CJ & torch.isfinite(log_a_CJ)
-    log_a_CJ, log_b_CJ = (torch.where(counts_CJ, log_CJ, 0.0) for log_CJ in (log_a_CJ, log_b_CJ))
-    return torch.where(counts_CJ, log_a_CJ.exp() * (log_a_CJ - log_b_CJ), 0.0).sum(dim=1)
+    without_CJ = ~(exists_CJ & torch.isfinite(log_a_CJ))
+    log_a_CJ, log_b_CJ = (log_CJ.masked_fill(without_CJ, 0.0) for log_CJ in (log_a_CJ, log_b_CJ))
+    return (log_a_CJ.exp() * (log_a_CJ - log_b_CJ)).sum(dim=1)
 
 
 def _log_mixture(log_a_CJ: Tensor, log_b_CJ: Tensor, share_of_a: float) -> Tensor:
