@@ -28,6 +28,7 @@ from logitlake_student.export.gate import GateSample, check_export
 from logitlake_student.export.layout import Target, ambiguous_experts
 from logitlake_student.models.assemble import save_student
 from logitlake_student.models.load import load_student
+from logitlake_student.models.upcycle import upcycle
 
 # Other kernels for the same float32 sums: 5e-6 was measured on models of this size.
 VLLM_TOLERANCE = 1e-4
@@ -46,7 +47,14 @@ LLAVAS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 QWEN_VLS = ("qwen3_vl", "qwen3_vl_moe")
 TEXT = "text-qwen3_moe"
-ARCHITECTURES = (*LLAVAS, *QWEN_VLS, TEXT)
+# Dense student and options of `upcycle`: experts pushed apart, every layer sparse.
+UPCYCLED: dict[str, tuple[str, dict[str, Any]]] = {
+    "upcycled-qwen2": ("clip-qwen2", {}),
+    "upcycled-qwen2-shared": ("clip-qwen2", {"shared_expert": True}),
+    "upcycled-llama": ("clip-llama", {}),
+    "upcycled-qwen3_vl": ("qwen3_vl", {}),
+}
+ARCHITECTURES = (*LLAVAS, *QWEN_VLS, TEXT, *UPCYCLED)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,12 @@ def make_student(
 
     def make(name: str, **text: Any) -> Student:
         folder = tmp_path / "student"
+        if name in UPCYCLED:
+            dense_name, options = UPCYCLED[name]
+            dense = make(dense_name, **text)
+            sparse = upcycle(dense.model, 4, 2, "all", router_seed=0, expert_noise=0.3, **options)
+            save_student(sparse, tmp_path / "sparse", files_from=folder)
+            return Student(sparse.eval(), tmp_path / "sparse", dense.samples)
         if name in QWEN_VLS:
             save_tiny_qwen_vl(folder, name, **text)
             model = load_student(folder, dtype=torch.float32)
