@@ -267,13 +267,17 @@ def starting_checkpoint(config: TrainConfig, run: StageRun) -> Path:
     """The folder a stage starts from: the stage before it, the given checkpoint, or a student assembled now."""
     if run.previous is not None:
         return run.previous
-    if config.student.checkpoint is not None:
-        return config.student.checkpoint
     from logitlake_student.models.assemble import assemble_llava, save_assembled
+    from logitlake_student.models.hub import local_folder
 
-    vision_tower, language_model = config.student.vision_tower, config.student.language_model
-    assert vision_tower is not None
-    assert language_model is not None
+    if config.student.checkpoint is not None:
+        return local_folder(config.student.checkpoint)
+    assert config.student.vision_tower is not None
+    assert config.student.language_model is not None
+    vision_tower, language_model = (
+        local_folder(config.student.vision_tower),
+        local_folder(config.student.language_model),
+    )
     folder = config.output / "assembled"
     if not folder.is_dir():
         building = config.output / ".assembled"

@@ -1,5 +1,6 @@
 """A sparse student starts as the dense one; a student is the sum of its parts."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ from tests.tiny_models import noise_png, save_tiny_qwen_vl
 from torch import Tensor
 
 from logitlake_shared.errors import ConfigError
-from logitlake_student.model_inputs import ModelInputs
+from logitlake_student.model_inputs import ModelInputs, tokens_per_image
 from logitlake_student.models.assemble import assemble_llava, save_assembled, save_student
+from logitlake_student.models.hub import local_folder
 from logitlake_student.models.parameters import PartReport, parameter_report
 from logitlake_student.models.parts import decoder, routers
 from logitlake_student.models.upcycle import sparse_layers, upcycle
@@ -328,6 +330,58 @@ def test_assembled_student_saves_with_its_processor(
     assert inputs["input_ids"].tolist() == [[2, *[60] * 16, 3]]
     loaded = AutoModelForImageTextToText.from_pretrained(second).eval()
     assert torch.equal(logits_of(loaded, llava_batch), logits_of(model, llava_batch))
+
+
+def test_a_siglip_tower_shows_all_its_tokens(tmp_path: Path, parts: tuple[Path, Path]) -> None:
+    """It has no class token: sixteen patches are sixteen tokens, in model, processor and our count."""
+    from PIL import Image
+    from transformers import AutoProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    _, lm_dir = parts
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tower_dir = tmp_path / "siglip"
+    SiglipVisionModel(SiglipVisionConfig(image_size=16, patch_size=4, **settings)).save_pretrained(tower_dir)
+    processor = {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": 16, "width": 16},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    (tower_dir / "preprocessor_config.json").write_text(json.dumps(processor))
+    model = assemble_llava(tower_dir, lm_dir, projector_seed=7, vision_feature_layer=-2).eval()
+    save_assembled(model, tmp_path / "whole", vision_tower_dir=tower_dir, language_model_dir=lm_dir)
+    assert tokens_per_image(model.config) == 16
+    whole = AutoProcessor.from_pretrained(tmp_path / "whole", backend="pil")
+    inputs = whole(images=Image.new("RGB", (20, 16), "red"), text="w2 <image> w3", return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [[2, *[60] * 16, 3]]
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs).logits).all()
+    tower = SiglipVisionModel.from_pretrained(tower_dir).state_dict()
+    assert all(torch.equal(v, tower[k]) for k, v in model.model.vision_tower.state_dict().items())
+
+
+def test_a_name_on_the_hub_is_its_cached_snapshot(
+    tmp_path: Path, parts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was downloaded once is found without a network; a folder of that name comes first; neither is an error."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--some--model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (cache / "models--some--model" / "refs").mkdir()
+    (cache / "models--some--model" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    assert local_folder(Path("some/model")) == snapshot
+    assert local_folder(parts[0]) == parts[0]
+    assert local_folder(Path("no/such/folder")) == Path("no/such/folder")  # not a name; whoever opens it will say so
+    with pytest.raises(ConfigError, match="other/model: no such folder, and no repository of that name"):
+        local_folder(Path("other/model"))
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    assert local_folder(Path("some/model")) == Path("some/model")
 
 
 def test_wrong_parts_are_refused(tmp_path: Path, parts: tuple[Path, Path]) -> None:

@@ -14,11 +14,12 @@ class StudentConfig(StrictModel):
     """What the student is made of: a whole checkpoint, or a vision tower and a language model."""
 
     checkpoint: Path | None = None
-    """folder of a whole student (LLaVA, or a text-only language model)"""
+    """a whole student (LLaVA, Qwen-VL, or a text-only language model): its folder, or `organisation/name` on the hub,
+    with `@revision` if need be"""
     vision_tower: Path | None = None
-    """folder of a CLIP vision tower with its image processor"""
+    """a CLIP or SigLIP vision tower with its image processor: folder or name"""
     language_model: Path | None = None
-    """folder of a causal language model with tokenizer and chat template"""
+    """a causal language model with tokenizer and chat template: folder or name"""
     vision_feature_layer: int = -2
     """hidden layer of the tower that the language model sees"""
     projector_seed: int = 0

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ PROCESSOR_FILES = (
 """Everything besides weights and model config that a checkpoint folder may hold."""
 
 _LANGUAGE_MODELS = {"llama", "qwen2", "qwen3"}
+_TOWERS = {"clip", "clip_vision_model", "siglip", "siglip_vision_model"}
 
 
 def assemble_llava(
@@ -42,18 +43,17 @@ def assemble_llava(
     *,
     projector_seed: int,
     vision_feature_layer: int,
-    vision_feature_select_strategy: Literal["default", "full"] = "default",
     image_token: str = "<image>",
 ) -> Any:
     """A `LlavaForConditionalGeneration` in float32 on the CPU, with a fresh two-layer GELU projector.
 
     Args:
-        vision_tower_dir: checkpoint of a CLIP vision model (or a whole CLIP, of which the vision half is taken).
+        vision_tower_dir: checkpoint of a CLIP or SigLIP vision model (or a whole one, of which the vision half is
+            taken). CLIP's class token is dropped, as in LLaVA; SigLIP has none, and all its tokens are shown.
         language_model_dir: checkpoint and tokenizer of a Qwen3, Qwen2 or Llama causal language model.
         projector_seed: of the projector's weights, uniform within 1/sqrt(fan-in), biases too, as
             `torch.nn.Linear` and LLaVA have them. Never the global seed.
         vision_feature_layer: hidden layer of the tower that is shown to the language model, -2 in LLaVA.
-        vision_feature_select_strategy: `default` drops the class token, `full` keeps it.
         image_token: the placeholder token, which the tokenizer must know.
 
     Raises:
@@ -65,12 +65,15 @@ def assemble_llava(
         CLIPVisionModel,
         LlavaConfig,
         LlavaForConditionalGeneration,
+        SiglipVisionModel,
     )
     from transformers.initialization import no_init_weights
 
-    _require_type(vision_tower_dir, {"clip", "clip_vision_model"}, "vision tower")
+    tower_type = _require_type(vision_tower_dir, _TOWERS, "vision tower")
     _require_type(language_model_dir, _LANGUAGE_MODELS, "language model")
-    tower = CLIPVisionModel.from_pretrained(vision_tower_dir, dtype=torch.float32)
+    has_class_token = tower_type.startswith("clip")
+    tower_class = CLIPVisionModel if has_class_token else SiglipVisionModel
+    tower = tower_class.from_pretrained(vision_tower_dir, dtype=torch.float32)
     language_model = AutoModelForCausalLM.from_pretrained(language_model_dir, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(language_model_dir)
     image_token_id = tokenizer.get_vocab().get(image_token)
@@ -84,10 +87,10 @@ def assemble_llava(
         vision_config=tower.config,
         text_config=language_model.config,
         image_token_index=image_token_id,
-        image_seq_length=num_patches + (vision_feature_select_strategy == "full"),
+        image_seq_length=num_patches,
         projector_hidden_act="gelu",
         vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=vision_feature_select_strategy,
+        vision_feature_select_strategy="default" if has_class_token else "full",
     )
     with no_init_weights():
         model = LlavaForConditionalGeneration(config)
@@ -100,13 +103,14 @@ def assemble_llava(
     return model
 
 
-def _require_type(model_dir: Path, expected: set[str], part: str) -> None:
+def _require_type(model_dir: Path, expected: set[str], part: str) -> str:
     config_path = model_dir / "config.json"
     if not config_path.is_file():
         raise ConfigError(f"{part}: no checkpoint at {model_dir} (expected {config_path.name} there)")
     model_type = json.loads(config_path.read_text()).get("model_type")
     if model_type not in expected:
         raise ConfigError(f"{part}: expected a model of type {sorted(expected)}, got {model_type!r} at {model_dir}")
+    return str(model_type)
 
 
 @torch.no_grad()
@@ -152,7 +156,8 @@ def save_assembled(model: Any, out_dir: Path, *, vision_tower_dir: Path, languag
         "processor_class": "LlavaProcessor",
         "image_processor": json.loads(image_processor.read_text()),
         "image_token": tokenizer.convert_ids_to_tokens(model.config.image_token_id),
-        "num_additional_image_tokens": 1,  # CLIP's class token, which `default` then drops
+        # The class token, which `default` then drops.
+        "num_additional_image_tokens": int(model.config.vision_feature_select_strategy == "default"),
         "patch_size": model.config.vision_config.patch_size,
         "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
     }
