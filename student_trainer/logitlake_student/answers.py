@@ -4,7 +4,7 @@ Any checkpoint that `load_student` takes can be asked, the teacher too. Answers 
 do not depend on the batch: prompts are padded on the left, and masked out. Short answers wait for long ones only as
 far as the caller lets them share a batch; a batch ends as soon as all of its answers have ended. One answer can also be
 followed while it is written, and drawn instead of greedy (`stream_answer`). The divergence goes through the collator
-and the loss that train the student, so it is the same quantity as the training curve's `kl`.
+and the loss that train the student, so it is the same quantity as the training curve's `forward_kl`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +21,25 @@ from logitlake_shared.errors import ConfigError, DataError
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
 from logitlake_student.data import SampleCollator, StudentInputs, check_student_fits
+from logitlake_student.losses.balance import ExpertCounts, count_experts
 from logitlake_student.losses.distillation import TeacherBatch, distillation_loss
 from logitlake_student.model_inputs import Expanded, ModelInputs
 from logitlake_student.models.forward import hidden_response_rows
 from logitlake_student.models.load import load_student
+from logitlake_student.models.parts import text_config
+from logitlake_student.models.routing import RouterRecorder
 
-__all__ = ["Examinee", "Prompt", "Streamed", "greedy_answers", "kl_to_teacher", "load_examinee", "stream_answer"]
+__all__ = [
+    "Examinee",
+    "HeldOut",
+    "Prompt",
+    "Streamed",
+    "greedy_answers",
+    "held_out",
+    "kl_to_teacher",
+    "load_examinee",
+    "stream_answer",
+]
 
 # Response rows whose logits are alive at one time.
 _CHUNK_ROWS = 1024
@@ -165,18 +178,30 @@ class _Pieces:
             self.text = text
 
 
-@torch.inference_mode()
-def kl_to_teacher(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, advance: Advance) -> float:
-    """forward_kl = KL(teacher‖student) in nats per response token: the exact tail-bucket divergence, mean over tokens.
+@dataclass(frozen=True)
+class HeldOut:
+    """What a checkpoint makes of a lake's held-out rows."""
 
-    For the teacher itself it is what the codec cost. Raises `FingerprintMismatchError` when checkpoint and lake do
-    not belong together, `ConfigError` for a family that the training batches do not know.
-    """
+    kl: float
+    """forward_kl = KL(teacher‖student) in nats per response token: the tail-bucket divergence, mean over tokens"""
+    experts_by_task: dict[str, list[list[float]]]
+    """by task, of each sparse layer, the share of the tokens' choices that each expert got; empty for a dense model"""
+
+
+def kl_to_teacher(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, advance: Advance) -> float:
+    """See `HeldOut.kl`. For the teacher itself it is what the codec cost. Raises as `held_out` does."""
+    return held_out(examinee, dataset, batch_size=batch_size, advance=advance).kl
+
+
+@torch.inference_mode()
+def held_out(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, advance: Advance) -> HeldOut:
+    """Goes through the rows once. Raises `FingerprintMismatchError` when checkpoint and lake do not belong together."""
     check_student_fits(dataset.spec, dataset, examinee.renderer)
     inputs = StudentInputs(examinee.model_inputs, pad_id=examinee.renderer.pad_id)
     collate = SampleCollator(inputs, dataset.spec.codec)
     weight_VH = examinee.model.lm_head.weight[: examinee.renderer.vocab_size]
     kl_sum, num_tokens = 0.0, 0
+    counts: dict[str, ExpertCounts] = {}
     for start in range(0, len(dataset), batch_size):
         samples = [dataset[position] for position in range(start, min(start + batch_size, len(dataset)))]
         batch = {name: tensor.to(examinee.model.device) for name, tensor in collate(samples).items()}
@@ -186,14 +211,34 @@ def kl_to_teacher(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, 
             log_tail_mass_R=batch["log_tail_mass_R"],
             label_ids_R=batch["label_ids_R"],
         )
-        hidden_RH = hidden_response_rows(examinee.model, batch)
+        with RouterRecorder(examinee.model) as recorder:
+            hidden_RH = hidden_response_rows(examinee.model, batch)
         _, sums = distillation_loss(
             hidden_RH, weight_VH, teacher, divergence_weight=1.0, ce_weight=0.0, chunk_rows=_CHUNK_ROWS
         )
+        if logits := recorder.logits():
+            tasks = [sample.task for sample in samples]
+            for task, counted in _counts_by_task(examinee.model, logits, batch["attention_mask"], tasks).items():
+                counts[task] = counts[task] + counted if task in counts else counted
         kl_sum += float(sums.divergence_sum)
         num_tokens += len(batch["label_ids_R"])
         advance(len(samples))
-    return kl_sum / num_tokens
+    shares = {
+        task: counted.assigned_LE / counted.assigned_LE.sum(dim=1, keepdim=True) for task, counted in counts.items()
+    }
+    return HeldOut(kl_sum / num_tokens, {task: shares[task].tolist() for task in sorted(shares)})
+
+
+def _counts_by_task(
+    model: Any, router_logits: Sequence[Tensor], attention_mask_BS: Tensor, tasks: Sequence[str]
+) -> dict[str, ExpertCounts]:
+    """Which experts the real tokens of each task's samples chose, image tokens included."""
+    counts = {}
+    for task in set(tasks):
+        is_task_B = torch.tensor([other == task for other in tasks], device=attention_mask_BS.device)
+        mask_N = (attention_mask_BS.bool() & is_task_B[:, None]).flatten()
+        counts[task] = count_experts(router_logits, mask_N, text_config(model).num_experts_per_tok)
+    return counts
 
 
 def _up_to(eos_id: int, ids_S: list[int]) -> list[int]:

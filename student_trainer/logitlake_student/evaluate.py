@@ -74,13 +74,13 @@ def examine(config: EvalConfig, model: ModelUnderTest) -> dict[str, Any]:
     pattern = _mention_pattern(config)
 
     from logitlake_shared.reader import LakeDataset
-    from logitlake_student.answers import greedy_answers, kl_to_teacher, load_examinee
+    from logitlake_student.answers import greedy_answers, held_out, load_examinee
 
     dataset = LakeDataset(config.lake, config.cache, split=config.split, snapshot=identity["lake"]["snapshot"])
     examinee = load_examinee(model.path, config.device)
     answers = [""] * len(questions)
     with progress(f"eval {model.name}", len(questions) + len(dataset), "samples") as advance:
-        kl = kl_to_teacher(examinee, dataset, batch_size=config.batch_size, advance=advance)
+        rows = held_out(examinee, dataset, batch_size=config.batch_size, advance=advance)
         # Captions are long, the other answers a token or two: in one batch the short would wait for the long.
         for captions in (False, True):
             places = [place for place, asked in enumerate(questions) if _is_caption(config, asked) == captions]
@@ -97,7 +97,8 @@ def examine(config: EvalConfig, model: ModelUnderTest) -> dict[str, Any]:
         "name": model.name,
         "identity": identity,
         **figures_of(config, questions, answers, pattern),
-        "kl_to_teacher": kl,
+        "kl_to_teacher": rows.kl,
+        "experts_by_task": rows.experts_by_task,
         "examples": _examples(config, questions, answers),
         "num_records": len(questions),
         "seconds": round(time.monotonic() - started, 1),

@@ -103,6 +103,7 @@ class EvalResult(_Read):
     existence: dict[str, float | None] = {}
     captions: dict[str, float | None] = {}
     examples: tuple[Example, ...] = ()
+    experts_by_task: dict[str, tuple[tuple[float, ...], ...]] = {}
 
     def figures(self) -> dict[str, float | None]:
         """The figures of the main table."""

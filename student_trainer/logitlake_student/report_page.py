@@ -254,6 +254,19 @@ def _experts(stages: Sequence[StageFacts], last: Sequence[dict[str, Any]]) -> li
             heat_map(title, layers, experts, [layer["load"] for layer in last]),
         )
     ]
+    # Which experts serve which task, on held-out rows, as the last sparse stage left them.
+    by_task = next((stage.result.experts_by_task for stage in reversed(stages) if stage.result.experts_by_task), {})
+    if by_task:
+        charts += [
+            _Chart(
+                f"Experts by task, {layer}",
+                "Held-out samples, image tokens included. Rows that differ are experts that specialise",
+                heat_map(
+                    f"Experts by task, {layer}", list(by_task), experts, [loads[place] for loads in by_task.values()]
+                ),
+            )
+            for place, layer in enumerate(layers)
+        ]
     even = math.log(len(experts))
     charts.append(
         _over_steps(

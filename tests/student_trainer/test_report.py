@@ -124,6 +124,7 @@ def _evaluation(name: str, fingerprint: str, root: Path) -> dict[str, Any]:
         "tasks": {"reading": 0.5, "caption": 0.25},
         "existence": {"accuracy": 0.8, "precision": 0.7, "recall": None, "yes_ratio": 0.5},
         "captions": {"hallucination_rate": 0.1},
+        "experts_by_task": {"caption": [[0.9, 0.1]], "reading": [[0.3, 0.7]]} if name in ("d2s", "preference") else {},
         "examples": [
             {
                 "id": "1",
@@ -135,6 +136,16 @@ def _evaluation(name: str, fingerprint: str, root: Path) -> dict[str, Any]:
             }
         ],
     }
+
+
+def test_the_page_shows_which_experts_serve_which_task(make_run: Callable[..., ReportConfig]) -> None:
+    """A row a task, a column an expert, the share in each cell's tooltip."""
+    config = make_run()
+    write_report(config)
+    page = config.html.read_text()
+    assert "Experts by task, sparse layer 1" in page
+    assert "caption, expert 1: 90" in page
+    assert "reading, expert 2: 70" in page
 
 
 def test_summary_has_exactly_the_promised_shape(make_run: Callable[..., ReportConfig]) -> None:
