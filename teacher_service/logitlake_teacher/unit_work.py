@@ -52,7 +52,7 @@ def committed_record(cache: Cache, unit: Unit) -> CommitRecord | None:
 
 def request_of(sample: PlannedSample, decoded: Mapping[str, DecodedImage]) -> ScoreRequest:
     """What to ask the teacher about the sample; `decoded` holds its images by sha256."""
-    pixels = tuple(decoded[sha256] for sha256 in sample.image_sha256)
+    pixels = tuple([decoded[sha256] for sha256 in sample.image_sha256])
     return ScoreRequest(
         sample.sample_id,
         sample.prompt_ids,

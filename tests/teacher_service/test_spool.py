@@ -32,12 +32,14 @@ def read(spool: Spool) -> list[tuple[bytes, str]]:
     return rows
 
 
+@pytest.mark.parametrize("table_bytes", [1, 10_000, 1 << 30])
 @pytest.mark.parametrize("buffer_bytes", [1, 20_000, 1 << 30])
 def test_everything_comes_out_once_and_sorted(
-    tmp_path: Path, buffer_bytes: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, buffer_bytes: int, table_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By order key and id, whether nothing, some or every batch was written on the way."""
+    """By order key and id, whether nothing, some or every batch was written, and however many are read at once."""
     monkeypatch.setattr(spool_module, "_BUFFER_BYTES", buffer_bytes)
+    monkeypatch.setattr(spool_module, "_TABLE_BYTES", table_bytes)
     with Spool(tmp_path / "spool", plan_schema("samples")) as spool:
         for start in range(0, 3000, 100):
             spool.append(batch(list(range(start, start + 100))[::-1]))

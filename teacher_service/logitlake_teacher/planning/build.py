@@ -254,6 +254,8 @@ def _counts(column: pa.ChunkedArray) -> dict[str, int]:
 
 def _num_distinct(rows: pa.Table) -> int:
     """Items with another prompt, response or image than every other; equal ones have one order key, and one table."""
-    seen = {"content": rows.column("content_digest"), "images": pc.binary_join(rows.column("image_sha256"), "")}
-    distinct: int = pa.table(seen).group_by(list(seen)).aggregate([]).num_rows
-    return distinct
+    question = rows.column("content_digest")
+    if _list_lengths(rows, "image_sha256").any():
+        images = pc.binary_join(rows.column("image_sha256"), "").cast(pa.binary())
+        question = pc.binary_join_element_wise(question.cast(pa.binary()), images, b"")
+    return int(pc.count_distinct(question).as_py())

@@ -5,9 +5,9 @@ become, and the digests that order it, name it and find its duplicates. A unit o
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,28 +139,27 @@ def set_columns(table: pa.Table, **columns: pa.Array) -> pa.Table:
 
 def items_of(kind: CacheKind, rows: pa.Table) -> tuple[Item, ...]:
     """The inverse of `rows_of`, images and problems included. Arrays are views of the table's memory."""
-    described = _columns(rows, "item_id", "task", "source", "split", "messages", "images", "image_sha256")
-    problems = _columns(rows, "problem_code", "problem_message")
-    make = partial(_item, PlannedSample if kind == "samples" else PlannedPair)
-    return tuple(map(make, *described, *problems, *_columns(rows, *_IDS_OF[kind])))
+    described = _columns(rows, "item_id", "task", "source", "split")
+    messages = map(StoredMessages, *_columns(rows, "messages"))
+    make = PlannedSample if kind == "samples" else PlannedPair
+    return tuple(map(make, *described, messages, *_columns(rows, *_IDS_OF[kind]), *_images_of(rows), _problems(rows)))
 
 
-def _item(
-    make: Callable[..., Item],
-    item_id: str,
-    task: str,
-    source: str,
-    split: str,
-    messages: str,
-    images: list[dict[str, Any]],
-    image_sha256: list[str],
-    code: str | None,
-    message: str | None,
-    *ids: Int32,
-) -> Item:
-    problem = None if code is None else UnitError(sample_id=item_id, code=code, message=message or "")
-    shown = tuple(map(reference_of, images)), tuple(image_sha256)
-    return make(item_id, task, source, split, StoredMessages(messages), *ids, *shown, problem)
+def _images_of(rows: pa.Table) -> tuple[Iterable[tuple[ImageRef, ...]], Iterable[tuple[str, ...]]]:
+    """References and sha256 of each item's images."""
+    if not pc.any(pc.greater(pc.list_value_length(rows.column("images")), 0)).as_py():
+        return itertools.repeat(()), itertools.repeat(())
+    images, digests = _columns(rows, "images", "image_sha256")
+    return [tuple(map(reference_of, own)) for own in images], map(tuple, digests)
+
+
+def _problems(rows: pa.Table) -> Iterable[UnitError | None]:
+    if rows.column("problem_code").null_count == rows.num_rows:
+        return itertools.repeat(None)
+    return [
+        None if code is None else UnitError(sample_id=item_id, code=code, message=message or "")
+        for item_id, code, message in zip(*_columns(rows, "item_id", "problem_code", "problem_message"), strict=True)
+    ]
 
 
 def _columns(rows: pa.Table, *names: str) -> list[Any]:

@@ -2,7 +2,7 @@
 
 The keys are digests, so the buckets are about equal and reading them one after the other, each sorted, is reading
 everything sorted. Rows are gathered until they are worth writing; what a plan of any size holds in memory is that
-buffer and one bucket.
+buffer, and then one bucket or as many small ones as make a few megabytes.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,8 @@ __all__ = ["NUM_BUCKETS", "Spool"]
 
 NUM_BUCKETS = 256
 _BUFFER_BYTES = 8 * 2**20
+# Of a table that is read back, at least, where there is as much: a bucket or several.
+_TABLE_BYTES = 4 * 2**20
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
@@ -57,13 +59,19 @@ class Spool:
             return
         self._write()
         self._close_writers()
+        waiting: list[pa.Table] = []
         for number in range(NUM_BUCKETS):
             path = self._path(number)
             if path.exists():
                 with pa.ipc.open_stream(path) as reader:
-                    rows = reader.read_all()
+                    waiting.append(reader.read_all())
                 path.unlink()
-                yield _sorted(rows)
+            # Small buckets are sorted together: what is done to a table costs more than what is done to its rows.
+            if sum(rows.get_total_buffer_size() for rows in waiting) >= _TABLE_BYTES:
+                yield _sorted(pa.concat_tables(waiting))
+                waiting = []
+        if waiting:
+            yield _sorted(pa.concat_tables(waiting))
 
     def _write(self) -> None:
         if not self._buffer:
