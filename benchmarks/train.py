@@ -210,6 +210,8 @@ def _beside_a_teacher(teacher_dir: Path, way: str) -> Callable[..., Any]:
 
 def figures(world_name: str, rounds: int, steps: int) -> list[Figure]:
     """Of one world."""
+    from logitlake_shared.reader.datasets import HELD_BYTES
+
     world = in_own_process(_WORLDS[world_name])
     runs: dict[str, list[tuple[float, float, float]]] = {way: [] for way in _WAYS}
     for _ in range(rounds):
@@ -240,8 +242,10 @@ def figures(world_name: str, rounds: int, steps: int) -> list[Figure]:
     found.append(Figure(f"{world_name}: waiting for data", waits["lake"], "share", "<= 0.02", waits["lake"] <= 0.02))
     if world_name == "text":
         grown = median([in_own_process(_run, world, "lake", "lake-grown", steps)[2] for _ in range(rounds)])
-        ratio = grown / peaks["lake"]
-        found.append(Figure(f"peak memory, lake of {_GROWTH}x the samples", ratio, "x", "<= 1.1", ratio <= 1.1))
+        more, bound = grown - peaks["lake"], HELD_BYTES / 2**20
+        # Flat from where the reader holds as many decoded rows as it ever does; a small lake is held whole.
+        reach = f"<= {bound:.0f}, what the reader holds"
+        found.append(Figure(f"more memory with {_GROWTH}x the samples", more, "MiB", reach, more <= bound))
     found += [Figure(f"{world_name}: a step, {way}", value, "s") for way, value in seconds.items()]
     found += [Figure(f"{world_name}: peak memory, {way}", value, "MiB") for way, value in peaks.items()]
     return found

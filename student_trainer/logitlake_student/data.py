@@ -8,7 +8,7 @@ student are checked to belong together.
 Axes: B samples, S positions, R response rows of the batch, K cached entries, P pairs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from logitlake_shared.alignment import interleave, predicting_rows
 from logitlake_shared.errors import DataError, FingerprintMismatchError, TrainingError
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.reader.order import Layout, epoch_order
-from logitlake_shared.rendering import Renderer
+from logitlake_shared.rendering import Renderer, without_images
 from logitlake_shared.rows import LakePair, LakeSample
 from logitlake_shared.topk import decode, tail_bound
 from logitlake_student.config.targets import EntropyWeights, TokenWeights, VisualAdvantage
@@ -202,31 +202,47 @@ def token_weights(sample: LakeSample, weights: TokenWeights | None) -> npt.NDArr
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Preference pairs to a batch: the P chosen conversations, then the P rejected ones, on the same images."""
+    """Preference pairs to a batch: the P chosen conversations, then the P rejected ones, on the same images.
+
+    With a `blind` renderer the P chosen ones follow once more, their prompts written without the images.
+    """
 
     inputs: StudentInputs
+    blind: Renderer | None = None
 
     def __call__(self, pairs: Sequence[LakePair]) -> Batch:
-        """As a sample batch with B = 2P, plus `sequence_R` and the teacher's `reference_logp_B`, `length_B`."""
-        conversations = [
-            (pair.prompt_ids, [len(pair.prompt_ids)], response_ids, [len(response_ids)], pair.images)
-            for response in _RESPONSES
-            for pair in pairs
-            for response_ids in (response(pair)[0],)
+        """As a sample batch with B = 2P or 3P, plus `sequence_R`, the teacher's `reference_logp_B`, `length_B`, and
+        `has_image_P`. Raises `TrainingError` where the teacher did not score a pair without its images."""
+        sides = [
+            [(p.prompt_ids, p.chosen_ids, p.chosen_logprobs, p.images) for p in pairs],
+            [(p.prompt_ids, p.rejected_ids, p.rejected_logprobs, p.images) for p in pairs],
         ]
-        sequences = self.inputs.sequences(conversations, [f"pair {pair.pair_id}" for pair in (*pairs, *pairs)])
+        if self.blind is not None:
+            sides.append([_without_images(pair, self.blind) for pair in pairs])
+        responses = [response for side in sides for response in side]
+        sequences = self.inputs.sequences(
+            [(prompt, [len(prompt)], ids, [len(ids)], images) for prompt, ids, _, images in responses],
+            [f"pair {pair.pair_id}" for _ in sides for pair in pairs],
+        )
         batch = _as_batch(sequences)
-        logprobs = [response(pair)[1] for response in _RESPONSES for pair in pairs]
         batch["sequence_R"] = sequences.sequence_R
-        batch["reference_logp_B"] = torch.tensor([float(lp.sum(dtype=np.float64)) for lp in logprobs])
-        batch["length_B"] = torch.tensor([float(len(lp)) for lp in logprobs])
+        batch["reference_logp_B"] = torch.tensor([float(lp.sum(dtype=np.float64)) for _, _, lp, _ in responses])
+        batch["length_B"] = torch.tensor([float(len(lp)) for _, _, lp, _ in responses])
+        batch["has_image_P"] = torch.tensor([float(bool(pair.image_sha256)) for pair in pairs])
         return batch
 
 
-_RESPONSES: tuple[Callable[[LakePair], tuple[Any, Any]], ...] = (
-    lambda pair: (pair.chosen_ids, pair.chosen_logprobs),
-    lambda pair: (pair.rejected_ids, pair.rejected_logprobs),
-)
+def _without_images(pair: LakePair, renderer: Renderer) -> tuple[Any, Any, Any, tuple[bytes, ...]]:
+    """Prompt, response, the teacher's logprobs of it and images, of the chosen response to a prompt without images."""
+    if not pair.image_sha256:
+        return pair.prompt_ids, pair.chosen_ids, pair.chosen_logprobs, ()
+    if pair.chosen_logprobs_no_image is None:
+        raise TrainingError(
+            f"pair {pair.pair_id}: expected the teacher's logprobs without the images for `image_weight`, the row "
+            "holds none; score the pairs with no_image_pass=true"
+        )
+    prompt_ids = renderer.render_prompt(without_images(pair.messages))
+    return prompt_ids, pair.chosen_ids, pair.chosen_logprobs_no_image, ()
 
 
 def _as_batch(sequences: Sequences) -> Batch:

@@ -180,7 +180,12 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
                 f"{config.data.lake}: caches {config.data.samples!r} and {pairs!r} were captured with different "
                 "tokenizers; capture both with one teacher"
             )
-        collate = PairCollator(inputs)
+        if stage.image_weight and not dataset.spec.no_image_pass:
+            raise ConfigError(
+                f"stages.{stage.type}.image_weight: needs pairs that were scored without their images, too; score them "
+                "with pairs.no_image_pass=true, or set it to 0"
+            )
+        collate = PairCollator(inputs, renderer if stage.image_weight else None)
 
     if is_first_rank():
         run.folder.mkdir(parents=True, exist_ok=True)

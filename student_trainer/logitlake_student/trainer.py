@@ -18,6 +18,7 @@ import copy
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,6 +91,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._sums: dict[str, float] = defaultdict(float)
         self._routing: RoutingSums | None = None
         self._staging: Path | None = None
+        self._reader = ThreadPoolExecutor(1, "next-batches")
+        self._next_batches: Future[list[Batch]] | None = None
         self._alerted = False
         arguments = TrainingArguments(
             output_dir=str(stage_dir),
@@ -133,6 +136,13 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.add_callback(_Progress(advance, self._latest, self._average))
         self._shown: dict[str, Any] = {}
 
+    def train(self, *arguments: Any, **keywords: Any) -> Any:
+        """As Trainer's; then nothing reads on."""
+        try:
+            return super().train(*arguments, **keywords)
+        finally:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+
     # ---- order ----
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
@@ -142,9 +152,19 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     # ---- loss ----
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Batch], StepTotals]:
-        """The micro-batches of this rank's part of a step, and what is known of all of the step."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [self._prepare_inputs(batch) for batch in batches]
+        """The micro-batches of this rank's part of a step, and what is known of all of the step.
+
+        While a step computes, a thread reads the next one: rows, pictures, padding.
+        """
+
+        def fetch() -> list[Batch]:
+            batches, _ = super(StageTrainer, self).get_batch_samples(epoch_iterator, num_batches, device)
+            return [self._prepare_inputs(batch) for batch in batches]
+
+        if self._next_batches is None:
+            self._next_batches = self._reader.submit(fetch)
+        batches = self._next_batches.result()
+        self._next_batches = self._reader.submit(fetch)
         step = self.model
         counted = sum_over_ranks(add([step.objective.count(batch) for batch in batches]))
         surveyed = None

@@ -260,28 +260,38 @@ def capture_samples(tiny_teacher: Path, student_data: Path) -> Callable[..., Non
 
 
 @pytest.fixture(scope="session")
+def capture_pairs(tiny_teacher: Path, student_data: Path) -> Callable[..., None]:
+    """`capture_pairs(lake, cache, ...)`: the preference pairs of `student_data` into a cache; sections override."""
+    from logitlake_teacher.config import PairsConfig
+
+    def capture(lake: Path, cache: str, **sections: Any) -> None:
+        document: dict[str, Any] = {
+            "teacher": {"model_dir": tiny_teacher},
+            "engine": {"type": "hf"},
+            "lake": {"uri": str(lake), "cache": cache},
+            "data": [{"type": "rlaif_v", "path": student_data / "preference.parquet"}],
+        }
+        captured(PairsConfig.model_validate(document | sections))
+
+    return capture
+
+
+@pytest.fixture(scope="session")
 def student_lake(
     tiny_teacher: Path,
-    student_data: Path,
     capture_samples: Callable[..., None],
+    capture_pairs: Callable[..., None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A lake filled by the teacher service: cache `main` holds the whole vocabulary of every token, exactly; cache
     `preference` holds pairs; cache `empty` has no snapshot."""
     from logitlake_shared.lake import Lake
     from logitlake_shared.rendering import Renderer
-    from logitlake_teacher.config import PairsConfig
 
     folder = tmp_path_factory.mktemp("lake") / "lake"
     codec = {"k_max": Renderer(tiny_teacher).vocab_size, "p_min": 0.0, "grid": "exact"}
     capture_samples(folder, "main", codec=codec)
-    pairs = {
-        "teacher": {"model_dir": tiny_teacher},
-        "engine": {"type": "hf"},
-        "lake": {"uri": str(folder), "cache": "preference"},
-        "data": [{"type": "rlaif_v", "path": student_data / "preference.parquet"}],
-    }
-    captured(PairsConfig.model_validate(pairs))
+    capture_pairs(folder, "preference")
     lake = Lake.open(folder)
     lake.create_cache("empty", lake.cache("main").spec)
     return folder

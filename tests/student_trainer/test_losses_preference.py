@@ -14,6 +14,7 @@ from logitlake_student.losses.preference import (
     KtoBaseline,
     PreferenceKind,
     anchor_loss,
+    image_loss,
     kto_baseline,
     nll_loss,
     preference_loss,
@@ -179,3 +180,18 @@ def test_sequence_logprobs_leave_a_frozen_head_alone() -> None:
     assert frozen_VH.grad is None
     with pytest.raises(DataError, match="expected 7 labels"):
         sequence_logprobs(hidden_RH, weight_VH, labels_R[1:], row_pair_index_R, 4, chunk_rows=3)
+
+
+def test_image_loss_by_hand() -> None:
+    """beta = 0.5, the chosen gained 2 with its image and 1 without: -log sigmoid(0.5) = log(1 + e^-0.5) = 0.4741.
+
+    An image that changes nothing costs log 2, and pulls the two apart with equal force.
+    """
+    chosen, blind, reference_chosen, reference_blind = (torch.tensor([x]) for x in (-10.0, -14.0, -12.0, -15.0))
+    value = image_loss(chosen, blind, reference_chosen, reference_blind, beta=0.5)
+    assert float(value) == pytest.approx(0.4740770, rel=RTOL)
+    seen, unseen = torch.tensor([-9.0], requires_grad=True), torch.tensor([-9.0], requires_grad=True)
+    same = image_loss(seen, unseen, torch.tensor([-9.0]), torch.tensor([-9.0]), beta=0.5)
+    assert float(same.detach()) == pytest.approx(math.log(2), rel=RTOL)
+    same.backward()
+    assert float(seen.grad) == -float(unseen.grad) == pytest.approx(-0.25, rel=RTOL)  # type: ignore[arg-type]

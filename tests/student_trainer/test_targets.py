@@ -1,5 +1,7 @@
 """What a stage is told to compare by is what it minimises, from the lake's rows to the weights."""
 
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,8 @@ import pytest
 import torch
 
 from logitlake_shared.errors import ConfigError
-from logitlake_shared.reader import LakeDataset
-from logitlake_shared.rendering import Renderer
+from logitlake_shared.reader import LakeDataset, PairDataset
+from logitlake_shared.rendering import Renderer, without_images
 from logitlake_student.config import TrainConfig
 from logitlake_student.config.targets import EntropyWeights, VisualAdvantage
 from logitlake_student.data import SampleCollator, StudentInputs, token_weights
@@ -178,6 +180,53 @@ def test_a_lake_of_draws_teaches_by_the_forward_kl(student_world: Any, rich_lake
         refused = config_of(student_world, rich_lake, stage, "drawn", output=str(student_world.folder / "refused"))
         with pytest.raises(ConfigError, match="draws"):
             student_world.train(refused)
+
+
+def test_the_image_pair_is_measured_against_what_the_teacher_said_blind(
+    student_world: Any,
+    rich_lake: Path,
+    metrics_of: Metrics,
+    tmp_path_factory: pytest.TempPathFactory,
+    capture_pairs: Callable[..., None],
+) -> None:
+    """The first step's `image` is the loss of the student's own logprobs with and without the images, against the
+    teacher's cached ones of both; a pair cache without them is refused."""
+    lake = tmp_path_factory.mktemp("blind") / "lake"
+    capture_pairs(lake, "seen")
+    capture_pairs(lake, "both", pairs={"type": "given", "no_image_pass": True})
+    shutil.copytree(rich_lake / "caches" / "main", lake / "caches" / "main")
+    stage = {"type": "preference", "steps": 1, "batch_size": 6, "log_every": 1, "save_every": 1, "image_weight": 0.5}
+
+    def config(pairs: str, output: str) -> Any:
+        document = student_world.document(stage | {"nll_weight": 0.0}, output=str(student_world.folder / output))
+        return TrainConfig.model_validate(document | {"data": {"lake": str(lake), "samples": "main", "pairs": pairs}})
+
+    line = metrics_of(student_world.train(config("both", "both")))[0]
+    model, renderer = load_student(student_world.checkpoint, dtype=torch.float32), Renderer(student_world.checkpoint)
+    inputs = ModelInputs.of_checkpoint(student_world.checkpoint, model.config)
+    dataset, losses = PairDataset(lake, "both"), []
+    for place in range(len(dataset)):
+        pair = dataset[place]
+        ratios = []
+        for prompt, images, teacher in (
+            (pair.prompt_ids, pair.images, pair.chosen_logprobs),
+            (renderer.render_prompt(without_images(pair.messages)), (), pair.chosen_logprobs_no_image),
+        ):
+            ids_S = np.concatenate([prompt, pair.chosen_ids])
+            is_response_S = np.arange(len(ids_S)) >= len(prompt)
+            sequence = inputs.expand(ids_S, is_response_S, images)
+            arguments = inputs.batch([sequence], pad_id=0, model=model)
+            with torch.no_grad():
+                logits_SV = model(**arguments).logits[0, :, : renderer.vocab_size].double()
+            log_q_SV = torch.log_softmax(logits_SV, dim=-1)
+            rows = np.flatnonzero(sequence.is_response_S)
+            student = sum(float(log_q_SV[row - 1, sequence.ids_S[row]]) for row in rows)
+            ratios.append(student - float(teacher.sum(dtype=np.float64)))
+        losses.append(math.log1p(math.exp(-0.1 * (ratios[0] - ratios[1]))))
+    assert line["image"] == pytest.approx(sum(losses) / len(losses), abs=10 * MEAN_TOLERANCE)
+    assert line["loss"] == pytest.approx(line["preference"] + 0.5 * line["image"], abs=MEAN_TOLERANCE)
+    with pytest.raises(ConfigError, match=r"image_weight: .*pairs.no_image_pass=true"):
+        student_world.train(config("seen", "seen"))
 
 
 def test_what_the_lake_does_not_hold_is_refused_before_the_first_step(student_world: Any) -> None:

@@ -131,6 +131,9 @@ class PreferenceStage(_Stage):
     """weight of the chosen response's negative log-likelihood per token"""
     anchor_weight: float = Field(default=0.0, ge=0)
     """weight of the anchor that keeps the chosen reward above zero"""
+    image_weight: float = Field(default=0.0, ge=0)
+    """weight of the image-conditional pair: the chosen response must gain more with its images than without them. The
+    teacher as reference must have scored it without them (`no_image_pass` of the pairs)"""
     length_normalised: bool = False
     """divide each response's logprob by its tokens before the loss"""
     balance_weight: float = Field(default=0.01, ge=0)

@@ -39,6 +39,7 @@ __all__ = [
     "PreferenceKind",
     "PreferenceLosses",
     "anchor_loss",
+    "image_loss",
     "kto_baseline",
     "nll_loss",
     "preference_loss",
@@ -133,6 +134,23 @@ def preference_loss(
 def anchor_loss(policy_chosen_logp_P: Tensor, reference_chosen_logp_P: Tensor, *, beta: float) -> Tensor:
     """-log sigmoid(beta r_w) [P]: keeps the chosen response's reward above 0 (mDPO, arXiv 2406.11839)."""
     return -F.logsigmoid(beta * (policy_chosen_logp_P - reference_chosen_logp_P))
+
+
+def image_loss(
+    policy_chosen_logp_P: Tensor,
+    policy_blind_logp_P: Tensor,
+    reference_chosen_logp_P: Tensor,
+    reference_blind_logp_P: Tensor,
+    *,
+    beta: float,
+) -> Tensor:
+    """-log sigmoid(beta (r_w - r_b)) [P], r_b that of the chosen response to the prompt without its images.
+
+    The chosen response must gain more where the images are seen than where they are not: the conditional pair of mDPO
+    (arXiv 2406.11839, eq. 3), whose other image is here none at all, as the teacher scored it.
+    """
+    chosen_P = policy_chosen_logp_P - reference_chosen_logp_P
+    return -F.logsigmoid(beta * (chosen_P - (policy_blind_logp_P - reference_blind_logp_P)))
 
 
 def nll_loss(policy_chosen_logp_P: Tensor, chosen_lengths_P: Tensor) -> Tensor:

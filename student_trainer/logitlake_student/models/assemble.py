@@ -7,7 +7,7 @@ and a tokenizer that was loaded and saved again need not be the same file.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,17 @@ import torch
 from torch import Tensor
 
 from logitlake_shared.errors import ConfigError
+from logitlake_student.models.load import empty_model, load_student, read_config
+from logitlake_student.models.parts import LANGUAGE_MODELS
 
-__all__ = ["PROCESSOR_FILES", "assemble_llava", "copy_processor_files", "save_assembled", "save_student"]
+__all__ = [
+    "PROCESSOR_FILES",
+    "assemble_llava",
+    "assembled_config",
+    "copy_processor_files",
+    "save_assembled",
+    "save_student",
+]
 
 PROCESSOR_FILES = (
     "added_tokens.json",
@@ -33,8 +42,41 @@ PROCESSOR_FILES = (
 )
 """Everything besides weights and model config that a checkpoint folder may hold."""
 
-_LANGUAGE_MODELS = {"llama", "qwen2", "qwen3"}
-_TOWERS = {"clip", "clip_vision_model", "siglip", "siglip_vision_model"}
+_TOWERS = frozenset({"clip", "clip_vision_model", "siglip", "siglip_vision_model"})
+
+
+def assembled_config(
+    vision_tower_dir: Path, language_model_dir: Path, *, vision_feature_layer: int, image_token: str = "<image>"
+) -> Any:
+    """The `LlavaConfig` of a student made of two parts; no weights are read. Arguments and errors: `assemble_llava`."""
+    from transformers import AutoTokenizer, CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
+
+    has_class_token = _require_type(vision_tower_dir, _TOWERS, "vision tower").startswith("clip")
+    _require_type(language_model_dir, LANGUAGE_MODELS, "language model")
+    vision = (CLIPVisionConfig if has_class_token else SiglipVisionConfig).from_pretrained(vision_tower_dir)
+    num_layers = vision.num_hidden_layers
+    if not -num_layers - 1 <= vision_feature_layer <= num_layers:
+        raise ConfigError(
+            f"student.vision_feature_layer: {vision_tower_dir} has {num_layers} layers and what goes into the first, "
+            f"expected {-num_layers - 1} to {num_layers}; got {vision_feature_layer}"
+        )
+    text = read_config(language_model_dir)
+    image_token_id = AutoTokenizer.from_pretrained(language_model_dir).get_vocab().get(image_token)
+    if image_token_id is None or image_token_id >= text.vocab_size:
+        raise ConfigError(
+            f"{language_model_dir}: expected the placeholder {image_token!r} in the tokenizer, within the "
+            f"{text.vocab_size} rows of the embedding; got id {image_token_id}"
+        )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=image_token_id,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        projector_hidden_act="gelu",
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy="default" if has_class_token else "full",
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
 
 
 def assemble_llava(
@@ -50,50 +92,22 @@ def assemble_llava(
     Args:
         vision_tower_dir: checkpoint of a CLIP or SigLIP vision model (or a whole one, of which the vision half is
             taken). CLIP's class token is dropped, as in LLaVA; SigLIP has none, and all its tokens are shown.
-        language_model_dir: checkpoint and tokenizer of a Qwen3, Qwen2 or Llama causal language model.
+        language_model_dir: checkpoint and tokenizer of a causal language model of the types `parts.LANGUAGE_MODELS`.
         projector_seed: of the projector's weights, uniform within 1/sqrt(fan-in), biases too, as
             `torch.nn.Linear` and LLaVA have them. Never the global seed.
         vision_feature_layer: hidden layer of the tower that is shown to the language model, -2 in LLaVA.
         image_token: the placeholder token, which the tokenizer must know.
 
     Raises:
-        ConfigError: a part that is missing, of another kind, or whose tokenizer lacks the placeholder.
+        ConfigError: a part that is missing, of another kind or without all its weights, a layer that the tower does
+            not have, a tokenizer that lacks the placeholder.
     """
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        CLIPVisionModel,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        SiglipVisionModel,
+    config = assembled_config(
+        vision_tower_dir, language_model_dir, vision_feature_layer=vision_feature_layer, image_token=image_token
     )
-    from transformers.initialization import no_init_weights
-
-    tower_type = _require_type(vision_tower_dir, _TOWERS, "vision tower")
-    _require_type(language_model_dir, _LANGUAGE_MODELS, "language model")
-    has_class_token = tower_type.startswith("clip")
-    tower_class = CLIPVisionModel if has_class_token else SiglipVisionModel
-    tower = tower_class.from_pretrained(vision_tower_dir, dtype=torch.float32)
-    language_model = AutoModelForCausalLM.from_pretrained(language_model_dir, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(language_model_dir)
-    image_token_id = tokenizer.get_vocab().get(image_token)
-    if image_token_id is None or image_token_id >= language_model.config.vocab_size:
-        raise ConfigError(
-            f"{language_model_dir}: expected the placeholder {image_token!r} in the tokenizer, within the "
-            f"{language_model.config.vocab_size} rows of the embedding; got id {image_token_id}"
-        )
-    num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=language_model.config,
-        image_token_index=image_token_id,
-        image_seq_length=num_patches,
-        projector_hidden_act="gelu",
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy="default" if has_class_token else "full",
-    )
-    with no_init_weights():
-        model = LlavaForConditionalGeneration(config)
+    tower = _load_tower(vision_tower_dir, config.vision_config.model_type)
+    language_model = load_student(language_model_dir, dtype=torch.float32)
+    model = empty_model(config).float()
     model.model.vision_tower.load_state_dict(tower.state_dict(), strict=True)
     model.model.language_model.load_state_dict(language_model.model.state_dict(), strict=True)
     model.lm_head.load_state_dict(language_model.lm_head.state_dict(), strict=True)
@@ -103,7 +117,18 @@ def assemble_llava(
     return model
 
 
-def _require_type(model_dir: Path, expected: set[str], part: str) -> str:
+def _load_tower(model_dir: Path, model_type: str) -> Any:
+    """A whole model's text half is not looked at; a tensor that the tower lacks would be a random one."""
+    from transformers import CLIPVisionModel, SiglipVisionModel
+
+    tower_class = CLIPVisionModel if model_type.startswith("clip") else SiglipVisionModel
+    tower, loading = tower_class.from_pretrained(model_dir, dtype=torch.float32, output_loading_info=True)
+    if loading["missing_keys"]:
+        raise ConfigError(f"vision tower: {model_dir} lacks the weights {sorted(loading['missing_keys'])[:4]}")
+    return tower
+
+
+def _require_type(model_dir: Path, expected: Set[str], part: str) -> str:
     config_path = model_dir / "config.json"
     if not config_path.is_file():
         raise ConfigError(f"{part}: no checkpoint at {model_dir} (expected {config_path.name} there)")

@@ -3,19 +3,27 @@
 A student is a `LlavaForConditionalGeneration` (vision tower, projector, language model, head), a Qwen-VL (whose
 projector are the mergers of its vision tower) or a plain causal language model (no tower, no projector). Everything
 else in this package asks here.
+
+Kinds that nobody looked at are refused: their paths may differ, and so may their arithmetic. Losses multiply the final
+hidden states by the head's matrix; a model that caps or scales its logits (Gemma, Granite, Cohere) would be another.
 """
 
 from typing import Any
 
 from torch import nn
 
+from logitlake_shared.errors import ConfigError
+
 __all__ = [
+    "LANGUAGE_MODELS",
     "PARTS",
     "decoder",
     "decoder_prefix",
+    "language_config",
     "part_of",
     "projector_parameters",
     "projector_prefixes",
+    "require_known",
     "routers",
     "text_config",
     "vision_parameters",
@@ -35,14 +43,36 @@ _PROJECTORS = {
 }
 """By model type of the whole: what the parameter names of the projector begin with."""
 
+LLAVA_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model"})
+"""Model types of the towers that a LLaVA sees with; all images become as many tokens."""
+
+LANGUAGE_MODELS = frozenset({"llama", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
+"""Model types of the language models that stand alone or in a LLaVA."""
+
+
+def require_known(config: Any, where: object) -> None:
+    """Raises `ConfigError` for a configuration of a kind that is not listed above; `where` is its place."""
+    parts = [("a model", config, LANGUAGE_MODELS | _PROJECTORS.keys())]
+    if config.model_type == "llava":
+        parts.append(("a LLaVA with a vision tower", config.vision_config, LLAVA_TOWERS))
+        parts.append(("a LLaVA with a language model", config.text_config, LANGUAGE_MODELS))
+    for what, part, known in parts:
+        if part.model_type not in known:
+            raise ConfigError(f"{where}: expected {what} of type {', '.join(sorted(known))}; got {part.model_type!r}")
+
 
 def _is_multimodal(model: Any) -> bool:
     return model.config.model_type in _PROJECTORS
 
 
+def language_config(config: Any) -> Any:
+    """The part of a configuration that is the language model's: the whole where there is nothing else."""
+    return config.text_config if config.model_type in _PROJECTORS else config
+
+
 def text_config(model: Any) -> Any:
     """Configuration of the language model."""
-    return model.config.text_config if _is_multimodal(model) else model.config
+    return language_config(model.config)
 
 
 def decoder(model: Any) -> Any:
