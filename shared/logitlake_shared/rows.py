@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from logitlake_schemas import IMAGE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TAIL_COLUMNS, arrow_schema
 from logitlake_shared.arrow_lists import column_views, list_array
@@ -123,13 +124,13 @@ def samples_to_table(samples: Sequence[LakeSample]) -> pa.Table:
     return _table(columns, _SAMPLE_SCHEMA)
 
 
-def stored_table(described: Mapping[str, Sequence[Any]], rows: StoredRows) -> pa.Table:
+def stored_table(described: Mapping[str, Sequence[Any] | pa.Array], rows: StoredRows) -> pa.Table:
     """A table of `SAMPLE_COLUMNS` from its columns and from the rows of all its samples, one after the other.
 
-    `described` holds every column that is not made of `rows`, with `messages` as text. What a capture has is written
-    as it is: nothing is taken apart by sample to be joined again.
+    `described` holds every column that is not made of `rows`, as values or as Arrow's own, with `messages` as text.
+    What a capture has is written as it is: nothing is taken apart by sample to be joined again.
     """
-    tokens = np.cumsum([0, *map(len, described["response_ids"])], dtype=np.int32)
+    tokens = np.append(0, np.cumsum(_list_lengths(described["response_ids"]), dtype=np.int32))
     entries = np.append(0, np.cumsum(rows.k_T, dtype=np.int64))[tokens].astype(np.int32)
     by_token = {
         "k": rows.k_T,
@@ -147,6 +148,12 @@ def stored_table(described: Mapping[str, Sequence[Any]], rows: StoredRows) -> pa
         for name, values in columns.items()
     }
     return _table({**missing, **described, **cut}, _SAMPLE_SCHEMA)
+
+
+def _list_lengths(lists: Sequence[Any] | pa.Array) -> Int32:
+    if isinstance(lists, pa.Array):
+        return np.asarray(pc.list_value_length(lists).to_numpy(), np.int32)
+    return np.fromiter(map(len, lists), np.int32, len(lists))
 
 
 def samples_from_table(table: pa.Table) -> list[LakeSample]:

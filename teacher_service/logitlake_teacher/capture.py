@@ -7,7 +7,18 @@ What the teacher cannot answer becomes an error row of the unit's commit record,
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from logitlake_schemas import Codec, CommitRecord, SampledPolicy, StoredError, UnitError
+import pyarrow as pa
+
+from logitlake_schemas import (
+    SAMPLE_COLUMNS,
+    Codec,
+    CommitRecord,
+    SampledPolicy,
+    ScoreMode,
+    StoredError,
+    UnitError,
+    arrow_schema,
+)
 from logitlake_shared.draws import drawn_error, encode_draws
 from logitlake_shared.lake import Cache, UnitResult
 from logitlake_shared.messages import messages_text
@@ -24,24 +35,19 @@ from logitlake_shared.topk import (
 )
 from logitlake_teacher.answers import Answer, answers_of
 from logitlake_teacher.engines.base import Engine
-from logitlake_teacher.items import Unit
+from logitlake_teacher.items import PlannedSample, Unit
 from logitlake_teacher.unit_images import LoadImages, load_images
 from logitlake_teacher.unit_work import committed_record, crash_errors, images_of, in_order
 
 __all__ = ["capture_unit"]
 
-_AS_PLANNED = (
-    "sample_id",
-    "task",
-    "source",
-    "split",
-    "prompt_ids",
-    "prompt_lengths",
-    "response_ids",
-    "response_lengths",
-    "image_sha256",
-)
-"""columns of a shard that are fields of the planned sample"""
+_AS_PLANNED = {
+    "sample_id": "item_id",
+    **{name: name for name in ("task", "source", "split", "messages", "image_sha256")},
+    **{name: name for name in ("prompt_ids", "prompt_lengths", "response_ids", "response_lengths")},
+}
+"""columns of a shard that are fields of the planned sample, and their names in a plan's rows"""
+_SHA256 = arrow_schema(SAMPLE_COLUMNS).field("image_sha256").type
 
 
 def capture_unit(
@@ -64,6 +70,7 @@ def capture_unit(
     images = load(unit.items)
     errors = images.errors | crash_errors(unit, crashed)
     todo = [item for item in unit.items if item.item_id not in errors]
+    scored = isinstance(cache.spec.mode, ScoreMode)
     accepted: list[Answer] = []
     for item, answer in zip(todo, answers_of(engine, todo, images.decoded, cache.spec, renderer), strict=True):
         if isinstance(answer, UnitError):
@@ -75,23 +82,22 @@ def capture_unit(
             unit=unit.unit_id,
             images=images_of((answer.sample.image_sha256 for answer in accepted), images.encoded),
             errors=in_order(unit, errors),
-            **_encoded(accepted, cache.spec.codec),
+            **_encoded(accepted, None if errors or not scored else unit.rows, cache.spec.codec),
         )
     )
 
 
-def _encoded(answers: Sequence[Answer], codec: Codec) -> dict[str, Any]:
+def _encoded(answers: Sequence[Answer], planned: pa.Table | None, codec: Codec) -> dict[str, Any]:
     """The `samples` of a unit as they are stored, and its `stored_error`: what storing them cost.
 
-    All at once, which is many times faster than sample by sample.
+    All at once, which is many times faster than sample by sample. `planned` are the rows of a plan, if the answers are
+    those to all of them, and to nothing else.
     """
     if not answers:
         return {}
     stored, error = _encoded_rows([answer.rows for answer in answers], codec)
-    samples = [answer.sample for answer in answers]
     described = {
-        **{name: [getattr(sample, name) for sample in samples] for name in _AS_PLANNED},
-        "messages": [messages_text(sample.messages) for sample in samples],
+        **(_of_samples([answer.sample for answer in answers]) if planned is None else _of_plan(planned)),
         "expanded_length": [answer.expanded_length for answer in answers],
         "finish_reason": [answer.finish_reason for answer in answers],
         "label_logprob_no_image": [
@@ -100,6 +106,17 @@ def _encoded(answers: Sequence[Answer], codec: Codec) -> dict[str, Any]:
         ],
     }
     return {"samples": stored_table(described, stored), "stored_error": error}
+
+
+def _of_samples(samples: Sequence[PlannedSample]) -> dict[str, list[Any]]:
+    columns = {name: [getattr(sample, name) for sample in samples] for name in _AS_PLANNED}
+    return columns | {"messages": [messages_text(sample.messages) for sample in samples]}
+
+
+def _of_plan(rows: pa.Table) -> dict[str, pa.Array]:
+    """The same, not taken apart by sample to be joined again."""
+    columns = {name: rows.column(planned).combine_chunks() for name, planned in _AS_PLANNED.items()}
+    return columns | {"image_sha256": columns["image_sha256"].cast(_SHA256)}
 
 
 def _encoded_rows(answers: Sequence[TeacherRows | DrawnRows], codec: Codec) -> tuple[StoredRows, StoredError]:

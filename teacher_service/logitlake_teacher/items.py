@@ -6,6 +6,7 @@ The records cross process borders: arrays, strings and bytes only.
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from logitlake_schemas import UnitError
@@ -86,6 +87,11 @@ class Unit:
     """`<number>-<content digest>`"""
     items: tuple[Item, ...]
     """all samples or all pairs"""
+
+    @property
+    def rows(self) -> pa.Table | None:
+        """The items as a plan holds them (`planning.rows`), a row each; none for a unit that is not from a plan."""
+        return None
 
 
 def single_turn(sample: PlannedSample) -> PlannedSample:

@@ -1,5 +1,6 @@
 """One unit: what is written is what the teacher said, and nothing else ever is."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from logitlake_schemas import CaptureSpec, CodecPolicy, SampledPolicy, UnitError
+from logitlake_schemas.records import CaptureMode, GenerateMode, ScoreMode
 from logitlake_shared.errors import DataError
 from logitlake_shared.images import DecodedImage
 from logitlake_shared.lake import Cache, Lake
@@ -19,7 +21,7 @@ from logitlake_teacher.capture import capture_unit
 from logitlake_teacher.config import FakeEngineConfig
 from logitlake_teacher.engines import EngineSetup, ScoredSample, build_engine, identify_engine
 from logitlake_teacher.engines.fake import FakeEngine
-from logitlake_teacher.items import PlannedSample
+from logitlake_teacher.items import PlannedSample, Unit
 from logitlake_teacher.planning import Plan
 from logitlake_teacher.unit_images import load_images
 from logitlake_teacher.unit_work import accept, accept_all, request_of
@@ -105,6 +107,42 @@ def test_the_lake_holds_the_counts_of_the_draws(bench: Bench) -> None:
         counts = np.rint(np.exp(rows.topk_logprobs.astype(np.float64)) * policy.draws)
         starts_T = np.cumsum(rows.k_T, dtype=np.int64) - rows.k_T
         assert np.add.reduceat(counts, starts_T).tolist() == [policy.draws] * len(rows.k_T)
+
+
+@pytest.mark.parametrize("mode", [ScoreMode(), GenerateMode(type="generate", max_new_tokens=3)])
+@pytest.mark.parametrize("crashes", [0, 1])
+def test_a_plans_rows_are_written_as_its_items_are(bench: Bench, mode: CaptureMode, crashes: int) -> None:
+    """Two roads to one shard, byte for byte: the unit of a plan, and one that is made of the same items.
+
+    Also where an item is left out, and where the teacher writes answers that no plan holds.
+    """
+    spec = bench.spec.model_copy(update={"mode": mode})
+    for unit in bench.plan.units:
+        crashed = {item.item_id: "teacher_crashed: told so" for item in unit.items[:crashes]}
+        records = [
+            capture_unit(
+                bench.engine(),
+                own,
+                Lake.create(bench.folder / road).create_cache("capture", spec),
+                crashed,
+                bench.renderer,
+            )
+            for road, own in (("rows", unit), ("items", Unit(unit.unit_id, unit.items)))
+        ]
+        assert records[0] == records[1]
+        assert len(records[0].errors) == crashes
+
+
+def test_a_unit_crosses_to_another_process_as_rows(bench: Bench) -> None:
+    """Whether its items were made or not: the same unit, and as few bytes as its rows."""
+    fresh, used = bench.plan.units[0], bench.plan.units[0]
+    assert used.items
+    sent, sent_used = pickle.dumps(fresh), pickle.dumps(used)
+    assert sent == sent_used
+    arrived = pickle.loads(sent)
+    assert arrived.unit_id == fresh.unit_id
+    assert arrived.rows.equals(fresh.rows)
+    assert [item.item_id for item in arrived.items] == [item.item_id for item in used.items]
 
 
 def test_a_committed_unit_is_not_scored_again(bench: Bench) -> None:

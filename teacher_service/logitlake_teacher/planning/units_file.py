@@ -5,6 +5,7 @@ Beside it stands an index (id, items, tokens of each unit), small enough for mem
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from logitlake_schemas import CacheKind
-from logitlake_teacher.items import Unit
+from logitlake_teacher.items import Item, Unit
 from logitlake_teacher.planning.rows import DIGEST_BYTES, items_of
 
 __all__ = ["UnitsFile", "UnitsWriter"]
@@ -128,4 +129,30 @@ class UnitsFile(Sequence[Unit]):
     def __getitem__(self, place: int) -> Unit:  # type: ignore[override]  # units are asked for one at a time
         unit_id = self.ids[place]
         rows = pa.Table.from_batches([self._reader.get_batch(place % len(self.ids))])
-        return Unit(unit_id, items_of(self._kind, rows))
+        return StoredUnit(unit_id, self._kind, rows)
+
+
+class StoredUnit(Unit):
+    """A unit of a plan on disk: rows, of which items are made when somebody asks for them.
+
+    A driver that hands units out makes none, and the rows are what crosses to another process.
+    """
+
+    def __init__(self, unit_id: str, kind: CacheKind, rows: pa.Table) -> None:
+        vars(self).update(unit_id=unit_id, _kind=kind, _rows=rows)  # frozen: as its own `__init__` would
+
+    def __reduce__(self) -> tuple[type["StoredUnit"], tuple[str, CacheKind, pa.Table]]:
+        return StoredUnit, (self.unit_id, self._kind, self._rows)
+
+    @cached_property
+    def items(self) -> tuple[Item, ...]:
+        """All samples or all pairs."""
+        return items_of(self._kind, self._rows)
+
+    @property
+    def rows(self) -> pa.Table:
+        """See `Unit.rows`."""
+        return self._rows
+
+    _kind: CacheKind
+    _rows: pa.Table
