@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from logitlake_shared.cli_support import config_command, run_cli
+from logitlake_shared.errors import ConfigError
 from logitlake_student.answer_commands import chat, predict
 
 if TYPE_CHECKING:
@@ -26,11 +27,21 @@ def cli() -> None:
 
 @cli.command()
 @config_command("logitlake_student.config:TrainConfig")
-def train(config: "TrainConfig") -> None:
+@click.option("--ray-workers", type=click.IntRange(min=1), help="Train with so many Ray Train workers.")
+@click.option(
+    "--max-failures",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="With --ray-workers: how often ranks that die are started again.",
+)
+def train(config: "TrainConfig", ray_workers: int | None, max_failures: int) -> None:
     """Train the configured stages in order; resumes where it was stopped."""
     from logitlake_student.ranks import is_first_rank, leave_ranks
     from logitlake_student.run import plan_run, train_stage
 
+    if ray_workers is not None:
+        _on_ray(config, ray_workers, max_failures)
     tell = click.echo if is_first_rank() else lambda _: None
     for run in plan_run(config):
         if run.is_done():
@@ -42,6 +53,18 @@ def train(config: "TrainConfig") -> None:
             f"{figures['params_total']:,} parameters trained, {run.model}"
         )
     leave_ranks()
+
+
+def _on_ray(config: "TrainConfig", num_workers: int, max_failures: int) -> None:
+    from logitlake_student.run import plan_run
+
+    if all(run.is_done() for run in plan_run(config)):
+        return
+    try:
+        from logitlake_student.on_ray import train_on_ray
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--ray-workers: {error.name} is not installed; pip install 'logitlake[ray-train]'") from None
+    train_on_ray(config, num_workers, max_failures)
 
 
 @cli.command(name="eval")

@@ -1,5 +1,6 @@
 """Two processes that train one student: the same steps as one process takes."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -77,6 +78,26 @@ def test_two_ranks_take_the_steps_of_one_process(student_world: Any, metrics_of:
             student_world.train(begun)
     assert (student_world.output / "d2d" / "checkpoint-2").is_dir()
     train_on_two_ranks(student_world, student_world.file(*STAGES, data_parallel=data_parallel))
+    assert_same_steps(alone, student_world.output, metrics_of)
+
+
+@pytest.mark.slow
+def test_ray_workers_take_the_steps_of_one_process(student_world: Any, metrics_of: Metrics) -> None:
+    """The same training under Ray Train, and what it says of itself."""
+    alone = student_world.folder / "alone"
+    student_world.train(student_world.train_config(*WHOLE, output=str(alone)))
+    config = student_world.file(*STAGES)
+    done = subprocess.run(
+        [sys.executable, "-m", "logitlake_student.cli", "train", str(config), "--ray-workers", "2"],
+        capture_output=True,
+        text=True,
+        cwd=student_world.folder,
+        timeout=TIMEOUT_S,
+        check=False,
+        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "local"},
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout.count("trained already") == 3
     assert_same_steps(alone, student_world.output, metrics_of)
 
 
