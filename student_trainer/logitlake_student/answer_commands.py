@@ -1,11 +1,14 @@
-"""`logitlake-student chat` and `predict`: the commands that use a model. Everything heavy is imported inside them."""
+"""`logitlake-student chat`, `predict`, `pope`: the commands that use a model. What is heavy is imported inside them."""
 
+import json
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
-__all__ = ["chat", "predict"]
+__all__ = ["chat", "pope", "predict"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _PATH = click.Path(path_type=Path)
@@ -108,3 +111,64 @@ def predict(
     )
     total, added = write_predictions(wanted)
     click.echo(f"{out}: {total:,} answers" + (f", {added:,} of them new" if added else ", all there already"))
+
+
+@click.command()
+@click.argument("model", type=_PATH, required=False)
+@click.option("--questions", type=_FILE, multiple=True, required=True, help="A question file of POPE; may be repeated.")
+@click.option("--images", type=_FOLDER, help="Folder of the images that the questions are about.")
+@click.option("--answers", type=_FILE, multiple=True, help="Count these answer files, in the order of the questions.")
+@click.option("--out", type=_PATH, help="Folder for answer files and pope.json.")
+@click.option("--unclear-is-yes", is_flag=True, help="Count as POPE's own script does: what is not no is yes.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+def pope(
+    model: Path | None,
+    questions: tuple[Path, ...],
+    images: Path | None,
+    answers: tuple[Path, ...],
+    out: Path | None,
+    unclear_is_yes: bool,
+    max_new_tokens: int,
+    batch_size: int,
+    device: str,
+) -> None:
+    """Does a model see what is not there? POPE's questions, file by file.
+
+    MODEL is the folder of a checkpoint, of a stage, or of a training run; with --answers no model is asked.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from logitlake_student.chat import checkpoint_folder
+    from logitlake_student.pope import answer_questions, read_answers, read_questions, score
+
+    if (model is None) != bool(answers) or (answers and len(answers) != len(questions)):
+        raise click.UsageError("give MODEL to ask it, or --answers once for each --questions to count them")
+    if model is not None and (images is None or out is None):
+        raise click.UsageError("to ask MODEL, --images and --out are needed, too")
+    asked = [read_questions(path, images if model is not None else None) for path in questions]
+    figures = {}
+    for place, path in enumerate(questions):
+        if model is None:
+            said = read_answers(answers[place], asked[place])
+        else:
+            assert out is not None
+            written = out / f"{path.stem}.answers.jsonl"
+            options: dict[str, Any] = {"device": device, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
+            said = answer_questions(checkpoint_folder(model), asked[place], written, **options)
+        figures[path.stem] = score(asked[place], said, unclear_is_yes=unclear_is_yes)
+    table = Table("questions", "number", "accuracy", "precision", "recall", "F1", "yes", "unclear", box=None)
+    for name, found in figures.items():
+        shares = (found.accuracy, found.precision, found.recall, found.hallucination_f1, found.yes_ratio)
+        cells = ["unknown" if share is None else f"{share:.4f}" for share in shares]
+        table.add_row(name, str(found.num_questions), *cells, str(found.num_unclear))
+    known = [found.hallucination_f1 for found in figures.values() if found.hallucination_f1 is not None]
+    if len(figures) > 1 and len(known) == len(figures):
+        table.add_row("mean F1", "", "", "", "", f"{sum(known) / len(known):.4f}", "", "")
+    Console().print(table)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        document = {name: asdict(found) for name, found in figures.items()}
+        (out / "pope.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -46,7 +46,7 @@ class ExistenceFigures:
     yes_ratio: float | None
     """share of the answers that say yes"""
     num_unclear: int
-    """answers that are neither yes nor no, counted as no"""
+    """answers that are neither yes nor no, counted as no unless POPE's own way was asked for"""
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,12 @@ def yes_or_no(answer: str) -> bool | None:
     return True if "yes" in words else None
 
 
-def existence_figures(answers_and_gold: Iterable[tuple[str, bool]]) -> ExistenceFigures:
+def existence_figures(
+    answers_and_gold: Iterable[tuple[str, bool]], *, unclear_is_yes: bool = False
+) -> ExistenceFigures:
     """POPE's figures of answers to questions whose true answer is yes (True) or no (False)."""
     said = [(yes_or_no(answer), gold) for answer, gold in answers_and_gold]
-    counts = Counter((claim is True, gold) for claim, gold in said)
+    counts = Counter((unclear_is_yes if claim is None else claim, gold) for claim, gold in said)
     hits, false_alarms, misses = counts[True, True], counts[True, False], counts[False, True]
     return ExistenceFigures(
         num_questions=len(said),

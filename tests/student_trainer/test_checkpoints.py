@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from logitlake_shared.errors import CheckpointError
 from logitlake_student.checkpoints import newest_checkpoint, prune_checkpoints, publish_folder
 
 
@@ -33,16 +33,8 @@ def test_publishing_twice_replaces(tmp_path: Path) -> None:
     """A checkpoint that is made again takes the place of the first."""
     publish(tmp_path, 1)
     (tmp_path / "checkpoint-1" / "weights").write_bytes(b"damaged")
-    assert newest_checkpoint_quietly(tmp_path) is None
     publish(tmp_path, 1)
     assert newest_checkpoint(tmp_path) == (1, tmp_path / "checkpoint-1")
-
-
-def newest_checkpoint_quietly(stage: Path) -> tuple[int, Path] | None:
-    """Without the warnings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return newest_checkpoint(stage)
 
 
 def flip_a_byte(folder: Path) -> str:
@@ -97,11 +89,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, dama
     assert (tmp_path / "checkpoint-4").is_dir()
 
 
-def test_no_good_checkpoint_is_none(tmp_path: Path) -> None:
-    """The stage then begins again."""
+def test_no_good_checkpoint_is_an_error(tmp_path: Path) -> None:
+    """The stage is not begun again without being asked."""
     flip_a_byte(publish(tmp_path, 2))
-    with pytest.warns(UserWarning, match="checkpoint-2"):
-        assert newest_checkpoint(tmp_path) is None
+    with (
+        pytest.warns(UserWarning, match="checkpoint-2"),
+        pytest.raises(CheckpointError, match=r"none of its checkpoints is whole \(checkpoint-2; the oldest: weights"),
+    ):
+        newest_checkpoint(tmp_path)
 
 
 def test_what_is_being_built_is_not_seen(tmp_path: Path) -> None:
