@@ -40,12 +40,14 @@ def config_command(
     config_class: str,
     flags: Mapping[str, tuple[str, str]] | None = None,
     other_classes: Mapping[str, str] | None = None,
+    foresee: str | None = None,
 ) -> Callable[..., Any]:
     """Makes `function(config, **own options)` the body of a click command with a TOML file, overrides and `--dry-run`.
 
     `config_class` is `module:name`, imported when the command runs: `--help` needs no configuration tree. `flags` are
     options that say the same as an override: `{"--limit": ("plan.limit", "help")}`; `other_classes` are options that
-    say that the file is of another tree: `{"--pairs": "module:PairsConfig"}`.
+    say that the file is of another tree: `{"--pairs": "module:PairsConfig"}`. `foresee` names a function of the
+    configuration whose words a dry run says on stderr: what is known of the work before it begins.
     """
     own_flags, others = flags or {}, other_classes or {}
 
@@ -64,6 +66,9 @@ def config_command(
             resolved = load_config(getattr(import_module(module), name), config, [*overrides, *said])
             if dry_run:
                 click.echo(to_toml(resolved), nl=False)
+                if foresee is not None:
+                    module, _, name = foresee.partition(":")
+                    click.echo(getattr(import_module(module), name)(resolved), err=True)
             else:
                 function(resolved, **options)
 

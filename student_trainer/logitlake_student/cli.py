@@ -1,4 +1,4 @@
-"""`logitlake-student`: train, eval, export, report, and chat and predict (`answer_commands`).
+"""`logitlake-student`: train, eval, export, report, and chat, predict and pope (`answer_commands`).
 
 Each of the first four takes a TOML file and `section.key=value` overrides. A command can be killed at any time and run
 again: it goes on, or says that everything is done. Everything heavy is imported inside the commands.
@@ -11,7 +11,7 @@ import click
 
 from logitlake_shared.cli_support import config_command, run_cli
 from logitlake_shared.errors import ConfigError
-from logitlake_student.answer_commands import chat, predict
+from logitlake_student.answer_commands import chat, pope, predict
 
 if TYPE_CHECKING:
     from logitlake_student.config import EvalConfig, ExportConfig, ReportConfig, TrainConfig
@@ -26,7 +26,7 @@ def cli() -> None:
 
 
 @cli.command()
-@config_command("logitlake_student.config:TrainConfig")
+@config_command("logitlake_student.config:TrainConfig", foresee="logitlake_student.sizes:foreseen_sizes")
 @click.option("--ray-workers", type=click.IntRange(min=1), help="Train with so many Ray Train workers.")
 @click.option(
     "--max-failures",
@@ -40,9 +40,13 @@ def train(config: "TrainConfig", ray_workers: int | None, max_failures: int) -> 
     from logitlake_student.ranks import is_first_rank, leave_ranks
     from logitlake_student.run import plan_run, train_stage
 
-    if ray_workers is not None:
-        _on_ray(config, ray_workers, max_failures)
     tell = click.echo if is_first_rank() else lambda _: None
+    if not all(run.is_done() for run in plan_run(config)):
+        from logitlake_student.sizes import planned_parameters, size_table
+
+        tell(size_table(planned_parameters(config)))
+        if ray_workers is not None:
+            _on_ray(config, ray_workers, max_failures)
     for run in plan_run(config):
         if run.is_done():
             tell(f"{run.stage.type}: trained already, {run.model}")
@@ -56,10 +60,6 @@ def train(config: "TrainConfig", ray_workers: int | None, max_failures: int) -> 
 
 
 def _on_ray(config: "TrainConfig", num_workers: int, max_failures: int) -> None:
-    from logitlake_student.run import plan_run
-
-    if all(run.is_done() for run in plan_run(config)):
-        return
     try:
         from logitlake_student.on_ray import train_on_ray
     except ModuleNotFoundError as error:
@@ -114,6 +114,7 @@ def report(config: "ReportConfig") -> None:
 
 cli.add_command(chat)
 cli.add_command(predict)
+cli.add_command(pope)
 
 
 def _figure(share: float | None) -> str:

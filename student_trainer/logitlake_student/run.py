@@ -7,6 +7,7 @@
     <output>/<stage>/provenance.json resolved configuration, versions, command line
     <output>/<stage>/checkpoint-N/   while the stage runs
     <output>/snapshots.json          the snapshot of each cache that the run is pinned to
+    <output>/hub.json                the revision of a student that was given by its name on the hub
 
 A stage is done when `done.json` is there; then it is skipped, before anything heavy is imported. A folder in which
 another configuration, another lake or other stages before it were begun or finished is an error which names the
@@ -43,6 +44,7 @@ __all__ = ["StageRun", "plan_run", "train_stage"]
 STARTED = "started.json"
 DONE = "done.json"
 SNAPSHOTS = "snapshots.json"
+HUB = "hub.json"
 
 
 @dataclass(frozen=True)
@@ -273,10 +275,12 @@ def starting_checkpoint(config: TrainConfig, run: StageRun) -> Path:
     if run.previous is not None:
         return run.previous
     from logitlake_student.models.assemble import assemble_llava, save_assembled
-    from logitlake_student.models.hub import local_folder
+    from logitlake_student.models.hub import local_folder, pin, pinned
 
     if config.student.checkpoint is not None:
-        return local_folder(config.student.checkpoint)
+        folder = local_folder(pinned(config.student.checkpoint, config.output / HUB))
+        pin(config.student.checkpoint, folder, config.output / HUB)
+        return folder
     assert config.student.vision_tower is not None
     assert config.student.language_model is not None
     vision_tower, language_model = (

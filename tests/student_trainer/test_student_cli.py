@@ -241,5 +241,5 @@ def test_a_loss_that_is_not_finite_ends_in_one_message(student_world: Any, stude
     result = student_command("train", config)
     assert result.code == 2
     assert "error: stage d2d, step" in result.err
-    assert "lower the learning rate" in result.err
+    assert "Lower the learning rate" in result.err
     assert "Traceback" not in result.err

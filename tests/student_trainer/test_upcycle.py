@@ -18,7 +18,8 @@ from logitlake_student.models.assemble import assemble_llava, save_assembled, sa
 from logitlake_student.models.hub import local_folder
 from logitlake_student.models.parameters import PartReport, parameter_report
 from logitlake_student.models.parts import decoder, routers
-from logitlake_student.models.upcycle import sparse_layers, upcycle
+from logitlake_student.models.sparse_config import sparse_layers
+from logitlake_student.models.upcycle import upcycle
 
 # Four layers of float32 products; the experts' weighted sum is rounded where the dense layer's output was
 # not. Logits are of order 10.

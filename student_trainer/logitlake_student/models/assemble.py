@@ -75,7 +75,6 @@ def assembled_config(
         projector_hidden_act="gelu",
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy="default" if has_class_token else "full",
-        tie_word_embeddings=text.tie_word_embeddings,
     )
 
 
@@ -111,7 +110,6 @@ def assemble_llava(
     model.model.vision_tower.load_state_dict(tower.state_dict(), strict=True)
     model.model.language_model.load_state_dict(language_model.model.state_dict(), strict=True)
     model.lm_head.load_state_dict(language_model.lm_head.state_dict(), strict=True)
-    model.tie_weights()
     _initialise_projector(model.model.multi_modal_projector, projector_seed)
     model.generation_config = language_model.generation_config
     return model

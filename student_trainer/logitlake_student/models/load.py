@@ -1,4 +1,4 @@
-"""Loads any student, and any teacher of the same family, from its folder. Code that lies in a checkpoint is never run."""
+"""Loads any student, and any teacher of the same family, from its folder. Code in a checkpoint is never run."""
 
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,7 @@ def load_student(model_dir: Path, *, dtype: torch.dtype) -> Any:
     quiet_transformers()
     auto = _auto_class(read_config(model_dir))
     try:
-        model, loading = auto.from_pretrained(
-            model_dir, dtype=dtype, output_loading_info=True, trust_remote_code=False
-        )
+        model, loading = auto.from_pretrained(model_dir, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{model_dir}: no weights that can be read ({_first_line(error)})") from error
     if loading["missing_keys"] or loading["unexpected_keys"]:
@@ -66,7 +64,9 @@ def empty_model(config: Any) -> Any:
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        return _auto_class(config).from_config(config, trust_remote_code=False)
+        model = _auto_class(config).from_config(config, trust_remote_code=False)
+    model.tie_weights()
+    return model
 
 
 def _auto_class(config: Any) -> Any:
