@@ -115,6 +115,16 @@ class D2SStage(_DistillationStage):
     capacity_factor: float | None = Field(default=None, gt=0)
     """even shares of a forward pass's tokens that an expert takes in training before it drops the rest; default: all"""
 
+    @model_validator(mode="after")
+    def _is_sparse(self) -> Self:
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} of num_experts {self.num_experts}")
+        if not isinstance(self.layers, str) and (
+            not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers)
+        ):
+            raise ValueError(f"layers: expected distinct indices from 0, got {list(self.layers)}")
+        return self
+
 
 class PreferenceStage(_Stage):
     """Preference distillation: chosen responses gain on rejected ones, measured against a reference."""
