@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.golden.make_trained_parameters import GOLDEN, trained_parameters
 
 from logitlake_shared.errors import ConfigError
 from logitlake_student.models.upcycle import upcycle
@@ -15,6 +16,12 @@ ATTENTION = {f"self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj
 NORMS = {"input_layernorm.weight", "post_attention_layernorm.weight"}
 DENSE_FFN = {f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
 SPARSE_FFN = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"}
+
+
+def test_every_parameter_of_every_family_is_where_the_golden_list_says() -> None:
+    """`tests/golden/trained_parameters.txt`, a line a parameter and a mark a stage: the table of LLaVA-MoD's code, for
+    all architectures, tower and norms included. What it says for one of them is spelled out below once more."""
+    assert trained_parameters() == GOLDEN.read_text(encoding="utf-8")
 
 
 def layers(names: set[str], indices: range | tuple[int, ...]) -> set[str]:
