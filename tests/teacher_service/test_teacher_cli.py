@@ -276,6 +276,24 @@ def test_a_mistake_is_one_message_before_anything_runs(
     assert not list(teacher_world.lake.rglob("*.parquet"))
 
 
+def test_the_errors_of_a_lake_name_no_place_of_this_machine(
+    teacher_world: Any, teacher_command: Command, records: Records
+) -> None:
+    """An image that is gone is told by the record's word for it: the lake is the same wherever it is captured."""
+    _missing_image(teacher_world, records)
+    folder = str(teacher_world.folder)
+    data = f'data=[{{type="llava", path="{folder}/train.json", image_root="{folder}", on_bad_record="skip"}}]'
+    done = teacher_command("capture", teacher_world.config(), data, "max_error_rate=0.5")
+    assert done.code == 0, done.err
+    errors = [
+        error.message
+        for commit in Lake.open(teacher_world.lake).cache("capture").open_snapshot().commits
+        for error in commit.errors
+    ]
+    assert errors == ["images/3.png: No such file or directory"] * 4
+    assert not [name for name, content in teacher_world.contents().items() if folder.encode() in content]
+
+
 def test_a_missing_configuration_file_is_named(teacher_world: Any, teacher_command: Command) -> None:
     """The path is in the message."""
     done = teacher_command("capture", Path("nowhere.toml"))

@@ -75,7 +75,8 @@ class ImageRef:
             with os.fdopen(handle, "rb") as file:
                 return file.read(max_bytes + 1)
         except (OSError, ValueError) as error:
-            raise ImageError(f"image_missing: {path}: {getattr(error, 'strerror', None) or error}") from error
+            # By its own name: the message may end in a lake, which should be the same wherever it was captured.
+            raise ImageError(f"image_missing: {self.key}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def image_ref(name: str, image_root: Path | str) -> ImageRef:
