@@ -14,16 +14,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from logitlake_schemas import CaptureSpec, CodecPolicy, DatasetIdentity, sha256_hex
+from logitlake_schemas.records import CaptureMode, GenerateMode, ScoreMode
+from logitlake_shared.data_formats import ImageRef
 from logitlake_shared.errors import EngineError
 from logitlake_shared.images import DecodedImage
+from logitlake_shared.lake import Lake
+from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
 from logitlake_shared.teacher_checks import check_rows
+from logitlake_shared.tools.verify import verify_unit
 from logitlake_shared.topk import TeacherRows
+from logitlake_teacher.answers import Answer, answers_of
+from logitlake_teacher.capture import capture_unit
 from logitlake_teacher.config import HfEngineConfig, VllmEngineConfig
 from logitlake_teacher.engines import (
     Engine,
@@ -36,6 +45,7 @@ from logitlake_teacher.engines import (
     identify_engine,
 )
 from logitlake_teacher.engines.vllm import VllmEngine, span_hook
+from logitlake_teacher.items import PlannedSample, Unit
 
 # vLLM and torch's compiler warn about themselves while they load; that is not ours to mend.
 pytestmark = [
@@ -58,12 +68,17 @@ PARITY_TOLERANCE = 1e-4
 TAIL_MASS_TOLERANCE = 1e-6
 
 
-def picture(width: int, height: int, seed: int) -> DecodedImage:
+def png(width: int, height: int, seed: int) -> bytes:
     """Noise of that size."""
     pixels = np.random.default_rng(seed).integers(0, 256, size=(height, width, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels, "RGB").save(buffer, "PNG")
-    return DecodedImage.of(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def picture(width: int, height: int, seed: int) -> DecodedImage:
+    """The same, decoded."""
+    return DecodedImage.of(png(width, height, seed))
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +286,106 @@ def padded_setup(tiny_teacher: Path) -> EngineSetup:
         num_threads=1,
         temperatures=TEMPERATURES,
     )
+
+
+@pytest.fixture(scope="module")
+def unit(tiny_qwen_vl: Path) -> Unit:
+    """Questions about one picture, about two, and about none; one has an answer before its last."""
+    renderer = Renderer(tiny_qwen_vl)
+    asked: list[tuple[list[str], list[bytes]]] = [
+        (["what is in the picture?", "a red seven"], [png(32, 32, 1)]),
+        (["how many digits?", "three", "a blue two?", "yes"], [png(50, 41, 2)]),
+        (["which is red?", "the first"], [png(64, 24, 3), png(20, 60, 4)]),
+        (["is there a seven?", "none at all"], []),
+    ]
+    samples = []
+    for number, (turns, images) in enumerate(asked):
+        parts: list[dict[str, str]] = [{"type": "image"}] * len(images)
+        messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": turns[0]}]}]
+        messages += [
+            {"role": "user", "content": [{"type": "text", "text": text}]}
+            if place % 2
+            else {"role": "assistant", "content": text}
+            for place, text in enumerate(turns[1:])
+        ]
+        samples.append(
+            PlannedSample(
+                f"s{number}",
+                "chat",
+                "made",
+                "train",
+                messages,
+                **vars(renderer.render(messages)),
+                images=tuple(ImageRef(data=data) for data in images),
+                image_sha256=tuple(map(sha256_hex, images)),
+            )
+        )
+    return Unit("000000-test", tuple(samples))
+
+
+CAPTURE_MODES: tuple[CaptureMode, ...] = (ScoreMode(), GenerateMode(type="generate", max_new_tokens=6))
+
+
+@pytest.mark.parametrize("mode", CAPTURE_MODES, ids=lambda mode: mode.type)
+def test_a_capture_holds_what_transformers_thinks_of_the_same_answers(
+    vllm_engine: VllmEngine, hf_engine: Engine, setup: EngineSetup, unit: Unit, mode: CaptureMode, tmp_path: Path
+) -> None:
+    """Given or written by vLLM, with the images and once more without: the figures are those of the other engine.
+
+    What vLLM writes at temperature 0 is its own first choice, token by token.
+    """
+    renderer = Renderer(setup.model_dir)
+    spec = CaptureSpec(
+        kind="samples",
+        tokenizer=renderer.identity(),
+        engine=vllm_engine.describe(),
+        codec=CodecPolicy(k_max=K, k_min=K, p_min=0, grid="exact", temperatures=(2, 4)),
+        dataset=DatasetIdentity(snapshot_sha256="0" * 64, num_samples=len(unit.items), unit_tokens=1000),
+        mode=mode,
+        no_image_pass=True,
+    )
+    cache = Lake.create(tmp_path / "lake").create_cache("capture", spec)
+    record = capture_unit(vllm_engine, unit, cache, {}, renderer)
+    assert not record.errors
+    assert verify_unit(cache, record) == []
+    cache.snapshot()
+    dataset = LakeDataset(tmp_path / "lake", "capture")
+    stored = [dataset[position] for position in range(len(dataset))]
+    planned = {item.item_id: item for item in unit.items}
+    assert [sample.sample_id for sample in stored] == list(planned)
+    answered = []
+    for sample in stored:
+        own = planned[sample.sample_id]
+        assert isinstance(own, PlannedSample)
+        ids = {name: getattr(sample, name) for name in vars(renderer.render(own.messages))}
+        answered.append(replace(own, messages=list(sample.messages), **ids))
+    decoded = {image.image_sha256: image for sample in stored for image in map(DecodedImage.of, sample.images)}
+    scoring = spec.model_copy(update={"mode": ScoreMode()})
+    for sample, answer in zip(stored, answers_of(hf_engine, answered, decoded, scoring, renderer), strict=True):
+        assert isinstance(answer, Answer), answer
+        rows = answer.rows
+        assert isinstance(rows, TeacherRows)
+        assert sample.expanded_length == answer.expanded_length
+        np.testing.assert_allclose(sample.rows.label_logprob_T, rows.label_logprob_T, atol=PARITY_TOLERANCE, rtol=0)
+        np.testing.assert_allclose(
+            sample.rows.topk_logprobs.reshape(-1, K), rows.topk_logprobs_TK, atol=PARITY_TOLERANCE, rtol=0
+        )
+        if not sample.images:
+            assert sample.label_logprob_no_image_T is None
+            assert answer.no_image_logprob_T is None
+            continue
+        assert sample.label_logprob_no_image_T is not None
+        assert answer.no_image_logprob_T is not None
+        np.testing.assert_allclose(
+            sample.label_logprob_no_image_T, answer.no_image_logprob_T, atol=PARITY_TOLERANCE, rtol=0
+        )
+        # A picture changes what this teacher thinks by far more than two engines differ.
+        assert np.abs(sample.label_logprob_no_image_T - sample.rows.label_logprob_T).max() > 100 * PARITY_TOLERANCE
+    if mode.type == "generate":
+        assert all(sample.rows.label_rank_T.tolist() == [1] * len(sample.response_ids) for sample in stored)
+        assert all(1 <= len(sample.response_ids) <= 6 for sample in stored)
+        # The answers before the last are the data's, and part of the prompt.
+        assert [len(sample.prompt_lengths) for sample in stored] == [1] * 4
 
 
 @pytest.fixture(scope="module")
