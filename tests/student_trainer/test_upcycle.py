@@ -1,8 +1,8 @@
-"""A sparse student starts as the dense one; a student is the sum of its parts."""
+"""A sparse student starts as the dense one, whatever family it is of."""
 
-import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,7 @@ from tests.tiny_models import noise_png, save_tiny_qwen_vl
 from torch import Tensor
 
 from logitlake_shared.errors import ConfigError
-from logitlake_student.model_inputs import ModelInputs, tokens_per_image
-from logitlake_student.models.assemble import assemble_llava, save_assembled, save_student
-from logitlake_student.models.hub import local_folder
+from logitlake_student.model_inputs import ModelInputs
 from logitlake_student.models.parameters import PartReport, parameter_report
 from logitlake_student.models.parts import decoder, routers
 from logitlake_student.models.sparse_config import sparse_layers
@@ -96,7 +94,7 @@ def test_every_family_starts_as_the_dense_student(kind: str, tiny_llava: Callabl
     torch.testing.assert_close(logits_of(loaded.eval(), batch), logits_of(sparse, batch), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["llava qwen2", "qwen3_vl", "text qwen3"])
+@pytest.mark.parametrize("kind", ["llava qwen2", "llava qwen3", "qwen3_vl", "text qwen3"])
 def test_dense_layers_stay_where_the_family_interleaves(
     kind: str, tiny_llava: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -124,17 +122,41 @@ def test_a_shared_expert_is_the_dense_network_and_the_others_give_half(
 
 
 def test_noise_tells_the_experts_apart(tiny_llava: Callable[..., Any]) -> None:
-    """Each expert moves by its own draws, of the asked size; the same seed draws the same, and 0 is none."""
+    """Each matrix of each expert moves by its own draws, of the asked share of its own spread; the same seed draws the
+    same."""
     dense = tiny_llava()
+    ffn = decoder(dense).layers[0].mlp
+    with torch.no_grad():
+        ffn.up_proj.weight *= 5  # so that one spread cannot pass for the other
     moved, again = (upcycle(dense, 4, 2, "all", router_seed=3, expert_noise=0.01) for _ in range(2))
-    ffn = decoder(dense).layers[0].mlp.down_proj.weight
-    experts, same = decoder(moved).layers[0].mlp.experts.down_proj, decoder(again).layers[0].mlp.experts.down_proj
-    assert torch.equal(experts, same)
-    moves = (experts - ffn).detach()
-    five_sigma = 5 / math.sqrt(2 * ffn.numel())  # of a standard deviation estimated from that many normals
+    for one, same in zip(moved.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, same)
+    experts = decoder(moved).layers[0].mlp.experts
+    gate_EFH, up_EFH = experts.gate_up_proj.chunk(2, dim=1)
+    for copies_EOI, linear in ((gate_EFH, ffn.gate_proj), (up_EFH, ffn.up_proj), (experts.down_proj, ffn.down_proj)):
+        weight_OI = linear.weight.detach()
+        moves_EOI = copies_EOI.detach() - weight_OI
+        five_sigma = 5 / math.sqrt(2 * weight_OI.numel())  # of a standard deviation estimated from that many normals
+        for move_OI in moves_EOI:
+            assert float(move_OI.std() / weight_OI.std()) == pytest.approx(0.01, rel=five_sigma)
+        correlations = torch.corrcoef(moves_EOI.flatten(1)).fill_diagonal_(0)
+        assert float(correlations.abs().max()) < 5 / math.sqrt(weight_OI.numel())
+
+
+def test_no_noise_is_exact_copies_and_noise_moves_nothing_else(tiny_llava: Callable[..., Any]) -> None:
+    """Bit for bit: a run with noise differs from one without in its experts alone, not in its routers."""
+    dense = tiny_llava()
+    exact, none, moved = (
+        upcycle(dense, 4, 2, "all", router_seed=3, **options)
+        for options in ({}, {"expert_noise": 0.0}, {"expert_noise": 0.1})
+    )
+    ffn, experts = decoder(dense).layers[1].mlp, decoder(exact).layers[1].mlp.experts
     for expert in range(4):
-        assert float(moves[expert].std() / ffn.detach().std()) == pytest.approx(0.01, rel=five_sigma)
-    assert float(torch.corrcoef(moves.flatten(1)).fill_diagonal_(0).abs().max()) < 5 / math.sqrt(ffn.numel())
+        assert torch.equal(experts.gate_up_proj[expert], torch.cat([ffn.gate_proj.weight, ffn.up_proj.weight]))
+        assert torch.equal(experts.down_proj[expert], ffn.down_proj.weight)
+    for name, weight in exact.state_dict().items():
+        assert torch.equal(weight, none.state_dict()[name])
+        assert torch.equal(weight, moved.state_dict()[name]) is (".mlp.experts." not in name)
 
 
 def test_upcycled_equals_dense_without_images(tiny_llava: Callable[..., Any], llava_batch: dict[str, Tensor]) -> None:
@@ -163,29 +185,72 @@ def test_upcycled_equals_dense_after_saving_and_loading(
     assert torch.equal(logits_of(loaded.eval(), llava_batch), logits_of(sparse, llava_batch))
 
 
-def test_experts_permuted_give_the_same_output(tiny_llava: Callable[..., Any], llava_batch: dict[str, Tensor]) -> None:
-    """Experts that differ, renamed together with their router rows, are the same model."""
-    model = upcycle(tiny_llava(), 4, 2, router_seed=3)
-    g = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_permuted_give_the_same_output(kind: str, tiny_llava: Callable[..., Any], tmp_path: Path) -> None:
+    """Experts that differ, renamed together with their router rows, are the same model; without these it is another."""
+    dense, batch = dense_student(kind, tiny_llava, tmp_path)
+    model = upcycle(dense, 4, 2, "all", router_seed=3, expert_noise=0.5)
     order = torch.tensor([2, 0, 3, 1])
-    layers = model.model.language_model.layers
+    before = logits_of(model, batch)
     with torch.no_grad():
-        for index in routers(model):
-            for weight in layers[index].mlp.experts.parameters():
-                weight += 0.1 * torch.randn(weight.shape, generator=g)
-        before = logits_of(model, llava_batch)
-        for index in routers(model):
-            for weight in (*layers[index].mlp.experts.parameters(), layers[index].mlp.gate.weight):
+        for layer in decoder(model).layers:
+            for weight in layer.mlp.experts.parameters():
                 weight.copy_(weight[order].clone())
-    torch.testing.assert_close(logits_of(model, llava_batch), before, rtol=0, atol=LOGITS_ATOL)
+        assert not torch.allclose(logits_of(model, batch), before, rtol=0, atol=100 * LOGITS_ATOL)
+        for router in routers(model).values():
+            router.weight.copy_(router.weight[order].clone())
+    torch.testing.assert_close(logits_of(model, batch), before, rtol=0, atol=LOGITS_ATOL)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tied_embeddings_stay_tied(tied: bool, tiny_llava: Callable[..., Any], llava_batch: dict[str, Tensor]) -> None:
-    dense = tiny_llava(tie_word_embeddings=tied)
-    sparse = upcycle(dense, 4, 2, router_seed=3)
+@pytest.mark.parametrize("kind", ["llava qwen3", "qwen3_vl", "text llama"])
+def test_a_tied_head_stays_tied(kind: str, tied: bool, tiny_llava: Callable[..., Any], tmp_path: Path) -> None:
+    """Also where the whole says so, and not its language model."""
+    from transformers import AutoModelForImageTextToText
+
+    dense, batch = dense_student(kind, partial(tiny_llava, tie_word_embeddings=tied), tmp_path)
+    if kind == "qwen3_vl":
+        dense.config.tie_word_embeddings = tied
+        dense = AutoModelForImageTextToText.from_config(dense.config).eval()
+    sparse = upcycle(dense, 4, 2, "all", router_seed=3)
     assert (sparse.lm_head.weight is sparse.get_input_embeddings().weight) is tied
-    torch.testing.assert_close(logits_of(sparse, llava_batch), logits_of(dense, llava_batch), rtol=0, atol=LOGITS_ATOL)
+    torch.testing.assert_close(logits_of(sparse, batch), logits_of(dense, batch), rtol=0, atol=LOGITS_ATOL)
+
+
+ROPE = {"rope_theta": 1e6, "original_max_position_embeddings": 16, "factor": 4.0}
+# What a language model may be beside the usual, by what its sibling might forget.
+UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "wide heads": ("qwen3", {"head_dim": 48}),
+    "biases": ("qwen3", {"attention_bias": True}),
+    "norm": ("qwen2", {"rms_norm_eps": 0.1}),
+    "activation": ("qwen2", {"hidden_act": "gelu"}),
+    "yarn": ("qwen2", {"rope_parameters": ROPE | {"rope_type": "yarn"}}),
+    "llama3": (
+        "llama",
+        {
+            "head_dim": 48,
+            "rope_parameters": ROPE | {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_what_is_unusual_about_a_language_model_is_kept(
+    case: str, tiny_llava: Callable[..., Any], tmp_path: Path
+) -> None:
+    """And it matters: with usual settings the same weights say something else, where they fit at all."""
+    family, options = UNUSUAL[case]
+    dense, batch = dense_student(f"text {family}", partial(tiny_llava, **options), tmp_path)
+    sparse = upcycle(dense, 4, 2, "all", router_seed=3)
+    expected = logits_of(dense, batch)
+    torch.testing.assert_close(logits_of(sparse, batch), expected, rtol=0, atol=LOGITS_ATOL)
+    usual, _ = dense_student(f"text {family}", tiny_llava, tmp_path)
+    if {name: weight.shape for name, weight in usual.state_dict().items()} == {
+        name: weight.shape for name, weight in dense.state_dict().items()
+    }:
+        usual.load_state_dict(dense.state_dict())
+        assert not torch.allclose(logits_of(usual, batch), expected, rtol=0, atol=100 * LOGITS_ATOL)
 
 
 def test_sparse_model_shares_no_memory_with_the_dense_one(tiny_llava: Callable[..., Any]) -> None:
@@ -272,124 +337,3 @@ def test_impossible_upcycling_is_refused(tiny_llava: Callable[..., Any]) -> None
         upcycle(tiny_llava(), 1, 1, router_seed=0)
     with pytest.raises(ConfigError, match="sliding-window"):
         upcycle(tiny_llava(use_sliding_window=True), 4, 2, router_seed=0)
-
-
-@pytest.fixture
-def parts(tmp_path: Path, tiny_llava: Callable[..., Any], processor_files: Callable[[Path], None]) -> tuple[Path, Path]:
-    """A CLIP vision checkpoint and a Qwen3 checkpoint with tokenizer, on disk."""
-    from transformers import CLIPVisionModel, Qwen3ForCausalLM
-
-    torch.manual_seed(1)
-    config = tiny_llava().config
-    tower_dir, lm_dir = tmp_path / "tower", tmp_path / "lm"
-    CLIPVisionModel(config.vision_config).save_pretrained(tower_dir)
-    Qwen3ForCausalLM(config.text_config).save_pretrained(lm_dir)
-    processor_files(lm_dir)
-    (lm_dir / "preprocessor_config.json").rename(tower_dir / "preprocessor_config.json")
-    return tower_dir, lm_dir
-
-
-def test_assembled_student_is_its_parts(parts: tuple[Path, Path], llava_batch: dict[str, Tensor]) -> None:
-    """The language model answers text as before; the tower is the given one; only the projector is new."""
-    from transformers import AutoModelForCausalLM, CLIPVisionModel
-
-    tower_dir, lm_dir = parts
-    model = assemble_llava(tower_dir, lm_dir, projector_seed=7, vision_feature_layer=-2)
-    ids = llava_batch["input_ids"].clamp(max=50)
-    alone = AutoModelForCausalLM.from_pretrained(lm_dir).eval()
-    with torch.no_grad():
-        assert torch.equal(model.eval()(input_ids=ids).logits, alone(input_ids=ids).logits)
-    tower = CLIPVisionModel.from_pretrained(tower_dir).state_dict()
-    assert all(torch.equal(v, tower[k]) for k, v in model.model.vision_tower.state_dict().items())
-    assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert model.config.image_token_id == 60
-    again = assemble_llava(tower_dir, lm_dir, projector_seed=7, vision_feature_layer=-2)
-    other = assemble_llava(tower_dir, lm_dir, projector_seed=8, vision_feature_layer=-2)
-    same, new = (m.model.multi_modal_projector.linear_1.weight for m in (again, other))
-    weight = model.model.multi_modal_projector.linear_1.weight.detach()
-    assert torch.equal(weight, same)
-    assert not torch.equal(weight, new)
-    assert float(weight.abs().max()) <= 32**-0.5
-
-
-def test_assembled_student_saves_with_its_processor(
-    tmp_path: Path, parts: tuple[Path, Path], llava_batch: dict[str, Tensor]
-) -> None:
-    """Stock AutoProcessor reads what was saved; tokenizer files are the same bytes, also one stage later."""
-    from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    tower_dir, lm_dir = parts
-    model = assemble_llava(tower_dir, lm_dir, projector_seed=7, vision_feature_layer=-2).eval()
-    first, second = tmp_path / "first", tmp_path / "second"
-    save_assembled(model, first, vision_tower_dir=tower_dir, language_model_dir=lm_dir)
-    save_student(model, second, files_from=first)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (second / name).read_bytes() == (lm_dir / name).read_bytes()
-    processor = AutoProcessor.from_pretrained(second, backend="pil")
-    inputs = processor(images=Image.new("RGB", (20, 16), "red"), text="w2 <image> w3", return_tensors="pt")
-    assert inputs["input_ids"].tolist() == [[2, *[60] * 16, 3]]
-    loaded = AutoModelForImageTextToText.from_pretrained(second).eval()
-    assert torch.equal(logits_of(loaded, llava_batch), logits_of(model, llava_batch))
-
-
-def test_a_siglip_tower_shows_all_its_tokens(tmp_path: Path, parts: tuple[Path, Path]) -> None:
-    """It has no class token: sixteen patches are sixteen tokens, in model, processor and our count."""
-    from PIL import Image
-    from transformers import AutoProcessor, SiglipVisionConfig, SiglipVisionModel
-
-    _, lm_dir = parts
-    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    tower_dir = tmp_path / "siglip"
-    SiglipVisionModel(SiglipVisionConfig(image_size=16, patch_size=4, **settings)).save_pretrained(tower_dir)
-    processor = {
-        "image_processor_type": "SiglipImageProcessor",
-        "size": {"height": 16, "width": 16},
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
-    (tower_dir / "preprocessor_config.json").write_text(json.dumps(processor))
-    model = assemble_llava(tower_dir, lm_dir, projector_seed=7, vision_feature_layer=-2).eval()
-    save_assembled(model, tmp_path / "whole", vision_tower_dir=tower_dir, language_model_dir=lm_dir)
-    assert tokens_per_image(model.config) == 16
-    whole = AutoProcessor.from_pretrained(tmp_path / "whole", backend="pil")
-    inputs = whole(images=Image.new("RGB", (20, 16), "red"), text="w2 <image> w3", return_tensors="pt")
-    assert inputs["input_ids"].tolist() == [[2, *[60] * 16, 3]]
-    with torch.no_grad():
-        assert torch.isfinite(model(**inputs).logits).all()
-    tower = SiglipVisionModel.from_pretrained(tower_dir).state_dict()
-    assert all(torch.equal(v, tower[k]) for k, v in model.model.vision_tower.state_dict().items())
-
-
-def test_a_name_on_the_hub_is_its_cached_snapshot(
-    tmp_path: Path, parts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What was downloaded once is found without a network; a folder of that name comes first; neither is an error."""
-    from huggingface_hub import constants
-
-    cache = tmp_path / "hub"
-    snapshot = cache / "models--some--model" / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    (cache / "models--some--model" / "refs").mkdir()
-    (cache / "models--some--model" / "refs" / "main").write_text("0" * 40)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    assert local_folder(Path("some/model")) == snapshot
-    assert local_folder(parts[0]) == parts[0]
-    assert local_folder(Path("no/such/folder")) == Path("no/such/folder")  # not a name; whoever opens it will say so
-    with pytest.raises(ConfigError, match="other/model: no such folder, and no repository of that name"):
-        local_folder(Path("other/model"))
-    (tmp_path / "some" / "model").mkdir(parents=True)
-    assert local_folder(Path("some/model")) == Path("some/model")
-
-
-def test_wrong_parts_are_refused(tmp_path: Path, parts: tuple[Path, Path]) -> None:
-    tower_dir, lm_dir = parts
-    with pytest.raises(ConfigError, match="language model: expected a model of type"):
-        assemble_llava(tower_dir, tower_dir, projector_seed=0, vision_feature_layer=-2)
-    with pytest.raises(ConfigError, match="vision tower: no checkpoint at"):
-        assemble_llava(tmp_path / "nothing", lm_dir, projector_seed=0, vision_feature_layer=-2)
-    with pytest.raises(ConfigError, match="placeholder '<img>'"):
-        assemble_llava(tower_dir, lm_dir, projector_seed=0, vision_feature_layer=-2, image_token="<img>")
