@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from logitlake_schemas import canonical_json
-from logitlake_shared.durable import sync
+from logitlake_shared import durable
 from logitlake_shared.errors import CheckpointError
 
 __all__ = ["first_difference", "newest_checkpoint", "prune_checkpoints", "publish_folder"]
@@ -27,13 +27,7 @@ def publish_folder(built: Path, name: Path) -> None:
     """Gives a finished folder its name: digests written last, everything synced, one rename. Replaces what is there."""
     digests = {str(file.relative_to(built)): _sha256(file) for file in _files(built)}
     (built / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
-    for file in _files(built):
-        sync(file)
-    sync(built)
-    if name.exists():
-        shutil.rmtree(name)
-    built.rename(name)
-    sync(name.parent)
+    durable.publish_folder(built, name)
 
 
 def newest_checkpoint(stage_dir: Path) -> tuple[int, Path] | None:

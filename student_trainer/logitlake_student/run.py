@@ -27,6 +27,7 @@ from typing import Any
 from logitlake_schemas import canonical_json, fingerprint
 from logitlake_shared.cli_support import progress
 from logitlake_shared.config import write_provenance
+from logitlake_shared.durable import publish_folder, replace_file
 from logitlake_shared.errors import ConfigError, FingerprintMismatchError, MemoryExhaustedError, TrainingError
 from logitlake_shared.lake import Lake
 from logitlake_student.checkpoints import first_difference
@@ -191,8 +192,8 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
 
     if is_first_rank():
         run.folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(config.output / SNAPSHOTS, run.snapshots)
-        _write_atomically(run.folder / STARTED, {"identity": run.identity})
+        _write(config.output / SNAPSHOTS, run.snapshots)
+        _write(run.folder / STARTED, {"identity": run.identity})
         write_provenance(run.folder / "provenance.json", config)
     wait_for_ranks()
 
@@ -210,8 +211,7 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
             identity=run.identity,
             advance=advance,
         )
-        if is_first_rank():
-            trainer.forget_metrics_after(done_steps)
+        trainer.take_up_records(done_steps)
         if newest is not None:
             advance(done_steps)
         with _memory_explained(config):
@@ -233,9 +233,8 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         building = run.folder / ".model"
         shutil.rmtree(building, ignore_errors=True)
         save_student(model, building, files_from=start_dir, weights=weights)
-        shutil.rmtree(run.model, ignore_errors=True)
-        building.rename(run.model)
-        _write_atomically(run.folder / DONE, {"identity": run.identity, "figures": figures})
+        publish_folder(building, run.model)
+        _write(run.folder / DONE, {"identity": run.identity, "figures": figures})
         for checkpoint in run.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         shutil.rmtree(run.folder / ".building", ignore_errors=True)
@@ -298,7 +297,7 @@ def starting_checkpoint(config: TrainConfig, run: StageRun) -> Path:
             vision_feature_layer=config.student.vision_feature_layer,
         )
         save_assembled(model, building, vision_tower_dir=vision_tower, language_model_dir=language_model)
-        building.rename(folder)
+        publish_folder(building, folder)
     return folder
 
 
@@ -344,7 +343,5 @@ def _read(path: Path) -> dict[str, Any]:
     return document
 
 
-def _write_atomically(path: Path, document: dict[str, Any]) -> None:
-    building = path.with_name(f".{path.name}")
-    building.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    building.replace(path)
+def _write(path: Path, document: dict[str, Any]) -> None:
+    replace_file(path, json.dumps(document, indent=1).encode() + b"\n")

@@ -16,6 +16,7 @@ What comes from Trainer: the loop, optimiser and schedule, accumulation, clippin
 
 import copy
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,15 +31,18 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from logitlake_shared.durable import replace_file
 from logitlake_shared.errors import ConfigError, FingerprintMismatchError, TrainingError
 from logitlake_student.averages import MovingAverage
 from logitlake_student.checkpoints import first_difference, prune_checkpoints, publish_folder
 from logitlake_student.config import D2SStage, PreferenceStage, StageConfig, TrainConfig
 from logitlake_student.data import Batch, EpochOrder
 from logitlake_student.losses.balance import ExpertCounts, routing_statistics
-from logitlake_student.models.parts import text_config
+from logitlake_student.models.parts import routers, text_config
+from logitlake_student.models.routing import bias_experts
 from logitlake_student.objectives import (
     DistillationObjective,
+    ExpertBias,
     Objective,
     PreferenceObjective,
     RoutingObjective,
@@ -55,6 +59,7 @@ __all__ = ["StageTrainer", "micro_batches"]
 METRICS = "metrics.jsonl"
 _TRAINABLE = "trainable.safetensors"
 _AVERAGES = "averages.safetensors"
+_EXPERT_BIAS = "expert_bias.safetensors"
 _IDENTITY = "identity.json"
 _OPTIMIZER = "optimizer.pt"
 _SCHEDULER = "scheduler.pt"
@@ -131,9 +136,11 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             # to checkpoint such a model; ours are whole.
             self.is_distributed_loading_by_transformers = True
         self.remove_callback(PrinterCallback)
+        self._bias = _bias_of(stage, model, device)
         # After sharding: each rank averages what it holds.
         self._average = None if stage.ema_decay is None else MovingAverage(_trained(model), stage.ema_decay)
         self.add_callback(_Progress(advance, self._latest, self._average))
+        self.add_callback(_Bias(step, self._bias))
         self._shown: dict[str, Any] = {}
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
@@ -196,25 +203,27 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def _clip_grad_norm(self, model: Any) -> Tensor:
         """Clips, and takes back a step that is not finite: all ranks have the same gradient and decide the same."""
         norm: Tensor = super()._clip_grad_norm(model)
-        if torch.isfinite(norm):
+        loss = float(sum_over_ranks({"loss": torch.tensor(self._step_sums["loss"], dtype=torch.float64)})["loss"])
+        if torch.isfinite(norm) and math.isfinite(loss):
             for name, value in self._step_sums.items():
                 self._sums[name] += value
             self._num_summed += 1
         else:
-            self._refuse_step(float(norm))
+            self._refuse_step(loss, float(norm))
             model.zero_grad(set_to_none=True)
         self._step_sums.clear()
         return norm
 
-    def _refuse_step(self, norm: float) -> None:
+    def _refuse_step(self, loss: float, norm: float) -> None:
         step, size = self.state.global_step + 1, self._stage.batch_size
-        loss = float(sum_over_ranks({"loss": torch.tensor(self._step_sums["loss"], dtype=torch.float64)})["loss"])
         positions = list(self._get_train_sampler())[(step - 1) * size : step * size]
         written = self._stage_dir / f"not-finite-{step}.json"
         if is_first_rank():
             names = [_name(self.train_dataset[position]) for position in positions]
-            document = {"step": step, "loss": loss, "grad_norm": norm, "samples": names}
-            written.write_text(json.dumps(document) + "\n", encoding="utf-8")
+            # JSON has no word for what is not finite.
+            document = {"step": step, "loss": str(loss), "grad_norm": str(norm), "samples": names}
+            replace_file(written, json.dumps(document).encode() + b"\n")
+        self._routing = None
         self._num_skipped += 1
         if self._num_skipped > self._stage.max_skipped:
             raise TrainingError(
@@ -235,7 +244,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         record: dict[str, Any] = {"step": step, **means}
         if self._num_skipped:
             record["skipped"] = self._num_skipped
-        record["grad_norm"], record["learning_rate"] = logs["grad_norm"], logs["learning_rate"]
+        # Of a step that was left out: null, since JSON has no word for what is not finite.
+        record["grad_norm"] = logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None
+        record["learning_rate"] = logs["learning_rate"]
         if self._routing is not None:
             record["experts"] = self._experts(self._routing)
             if alerts := self._alert(step, record["experts"]):
@@ -291,8 +302,15 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def _latest(self) -> dict[str, Any]:
         return self._shown
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drops the lines of steps that a resumed stage will do again."""
+    def take_up_records(self, step: int) -> None:
+        """What was written of steps up to this one stays and counts; a resumed stage writes the others again."""
+        left_out = {int(path.stem.rpartition("-")[2]): path for path in self._stage_dir.glob("not-finite-*.json")}
+        self._num_skipped = sum(number <= step for number in left_out)
+        if not is_first_rank():
+            return
+        for number, written in left_out.items():
+            if number > step:
+                written.unlink()
         path = self._stage_dir / METRICS
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -328,6 +346,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         files = {_TRAINABLE: whole(_trained(self.model.student))}
         if self._average is not None:
             files[_AVERAGES] = whole(self._average.averages.items())
+        if self._bias is not None:
+            files[_EXPERT_BIAS] = {"total_LE": self._bias.total_LE}
         if is_first_rank():
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -344,6 +364,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         _take_up(folder / _TRAINABLE, dict(_trained(self.model.student)))
         if self._average is not None:
             _take_up(folder / _AVERAGES, self._average.averages)
+        if self._bias is not None:
+            _take_up(folder / _EXPERT_BIAS, {"total_LE": self._bias.total_LE})
+            bias_experts(self.model.student, self._bias.at(int(folder.name.partition("-")[2])))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = optimizer_state(self.model, self._torch_optimizer())
@@ -392,6 +415,23 @@ def _routing_of(stage: StageConfig, student: Any) -> RoutingObjective | None:
         return None
     z_loss_weight = stage.z_loss_weight if isinstance(stage, D2SStage) else 0.0
     return RoutingObjective(stage.balance_weight, z_loss_weight, config.num_experts_per_tok, stage.capacity_factor)
+
+
+def _bias_of(stage: StageConfig, student: Any, device: str) -> ExpertBias | None:
+    if not isinstance(stage, D2SStage) or stage.bias_rate is None:
+        return None
+    num_layers = len(routers(student))
+    return ExpertBias(stage.bias_rate, stage.steps, num_layers, stage.num_experts, torch.device(device))
+
+
+class _Bias(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    def __init__(self, step: StudentStep, bias: ExpertBias | None) -> None:
+        self._step, self._bias = step, bias
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bias is not None and self._step.step_counts is not None:
+            self._bias.update(self._step.step_counts)
+            bias_experts(self._step.student, self._bias.at(state.global_step))
 
 
 def _take_up(path: Path, target: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logitlake_student.models.capacity import Capacity, choose_within_capacity
+from logitlake_student.models.capacity import Capacity, weights_within_capacity
 from logitlake_student.models.routing import RouterRecorder, limit_experts
 from logitlake_student.models.upcycle import upcycle
 
@@ -46,6 +46,11 @@ def test_top_two_by_hand() -> None:
     assert ids_Nk.tolist() == [[0, 1], [0, 1], [0, 1], [1, 0], [2, 3], [3, 0]]
     expected_Nk = torch.tensor([[0.75, 0.25], [1, 0], [0, 0], [1, 0], [4 / 7, 3 / 7], [1, 0]])
     torch.testing.assert_close(weights_Nk, expected_Nk, rtol=RTOL, atol=0)
+
+
+def choose_within_capacity(probs_NE: Tensor, k: int, capacity: Capacity) -> tuple[Tensor, Tensor]:
+    probs_Nk, ids_Nk = probs_NE.topk(k, dim=-1)
+    return weights_within_capacity(probs_Nk, ids_Nk, probs_NE.shape[1], capacity), ids_Nk
 
 
 def twin(probs_NE: Tensor, k: int, factor: float, mask_N: Tensor) -> Tensor:

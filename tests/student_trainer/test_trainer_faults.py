@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from logitlake_shared.errors import FingerprintMismatchError, MemoryExhaustedError, TrainingError
+from logitlake_shared.lake import Lake, UnitResult
+from logitlake_shared.reader import LakeDataset
 from logitlake_student import trainer as trainer_module
+from logitlake_student.data import EpochOrder
 from logitlake_student.losses import distillation as distillation_module
 from logitlake_student.objectives import distillation as objective_module
 from logitlake_student.output_lock import output_lock
@@ -104,48 +109,78 @@ def test_a_disk_that_fills_up_costs_nothing_saved(student_world: Any, metrics_of
     assert [line["step"] for line in metrics_of(folder)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_checkpoint_of_another_lake_is_refused(student_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The identity of what is trained on what is in every checkpoint: one that was copied here from another run is
-    not gone on from, and the field is named."""
-    config = student_world.train_config(D2D | {"steps": 6})
-    folder = stopped_after_two_checkpoints(student_world, monkeypatch, config)
-    other = student_world.train_config(D2D | {"steps": 6, "seed": 1}, output=str(student_world.folder / "other"))
-    (run,) = plan_run(other)
-    (run.folder).mkdir(parents=True)
+@pytest.mark.parametrize("other", ["seed", "snapshot", "cache"])
+def test_a_checkpoint_of_another_run_is_refused(
+    student_world: Any, capture_samples: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """The identity of what is trained on what is in every checkpoint: one that was copied here from a run with another
+    configuration, snapshot or cache is not gone on from, and the field is named, before the first step."""
+    stage = D2D | {"steps": 6}
+    folder = stopped_after_two_checkpoints(student_world, monkeypatch, student_world.train_config(stage))
+    field, sections = {"seed": "stage.seed", "snapshot": "lake.snapshot", "cache": "lake.samples"}[other], {}
+    if other == "seed":
+        stage = stage | {"seed": 1}
+    elif other == "snapshot":
+        shutil.copytree(student_world.lake, student_world.folder / "grown")
+        cache = Lake.open(student_world.folder / "grown").cache("main")
+        sample = LakeDataset(student_world.lake, "main", split="train")[4]
+        cache.publish_unit(
+            UnitResult(unit="999999-later", samples=[replace(sample, sample_id="later", image_sha256=())])
+        )
+        assert cache.snapshot().number == 2
+        sections = {"data": {"lake": str(student_world.folder / "grown")}}
+    else:
+        capture_samples(student_world.folder / "lake", "main", codec={"k_max": 8})
+        sections = {"data": {"lake": str(student_world.folder / "lake"), "pairs": None}}
+        del sections["data"]["pairs"]
+    config = student_world.train_config(stage, output=str(student_world.folder / "other"), **sections)
+    (run,) = plan_run(config)
+    run.folder.mkdir(parents=True)
     (folder / "checkpoint-4").rename(run.folder / "checkpoint-4")
-    with pytest.raises(FingerprintMismatchError, match=r"something else: `stage.seed` is 0 there, 1 here"):
-        train_stage(other, run)
+    with pytest.raises(FingerprintMismatchError, match=rf"something else: `{field}` is \S+ there, \S+ here"):
+        train_stage(config, run)
+    assert (run.folder / "metrics.jsonl").read_text() == ""
 
 
 # ---- C6: what is not finite ----
 
 
-def poisoned(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """Makes the loss of some steps not a number."""
+def poisoned(monkeypatch: pytest.MonkeyPatch, *steps: int, of: str = "loss") -> None:
+    """Makes the loss of some steps, or only its gradient, not a number."""
     calls: list[int] = []
     loss = distillation_module.distillation_loss
 
-    def spoilt(*arguments: Any, **keywords: Any) -> Any:
+    def spoilt(hidden_RH: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         calls.append(1)
-        value, sums = loss(*arguments, **keywords)
-        return (value * float("nan") if len(calls) in steps else value), sums
+        value, sums = loss(hidden_RH, *arguments, **keywords)
+        if len(calls) in steps:
+            # The root of 0 is 0, and its slope times 0 is nothing that has a value.
+            value = value * float("nan") if of == "loss" else value + (0 * hidden_RH.sum()).sqrt()
+        return value, sums
 
     monkeypatch.setattr(objective_module, "distillation_loss", spoilt)
 
 
+@pytest.mark.parametrize("of", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_written_down_and_left_out(
-    student_world: Any, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch
+    student_world: Any, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch, of: str
 ) -> None:
-    """Within `max_skipped` the stage goes on with finite weights; its samples can be looked at."""
-    poisoned(monkeypatch, 2)
+    """Within `max_skipped` the stage goes on with finite weights; its samples can be looked at, and read again: they
+    are those that the order gives this step."""
+    poisoned(monkeypatch, 2, of=of)
     folder = student_world.train(student_world.train_config(D2D | {"max_skipped": 1}))
     lines = metrics_of(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line.get("skipped", 0) for line in lines] == [0, 1, 1, 1]
+    assert lines[1]["grad_norm"] is None
+    assert "loss" not in lines[1]
     assert all(line["forward_kl"] > 0 for line in (lines[0], *lines[2:]))
     written = json.loads((folder / "not-finite-2.json").read_text())
     assert written["step"] == 2
-    assert len(set(written["samples"])) == 4
+    assert written["grad_norm"] == "nan"
+    assert (written["loss"] == "nan") == (of == "loss")
+    dataset = LakeDataset(student_world.lake, "main", split="train")
+    assert written["samples"] == [dataset.ids()[place] for place in list(EpochOrder(dataset.layout, 8, 0))[4:8]]
     assert all(torch.isfinite(t).all() for t in load_file(folder / "model" / "model.safetensors").values())
 
 
@@ -154,6 +189,67 @@ def test_too_many_of_them_end_the_stage(student_world: Any, monkeypatch: pytest.
     poisoned(monkeypatch, 2, 3)
     with pytest.raises(TrainingError, match=r"step 3: .*2 such steps, `max_skipped` is 1.*not-finite-3.json"):
         student_world.train(student_world.train_config(D2D | {"max_skipped": 1}))
+
+
+def test_steps_left_out_are_remembered(
+    student_world: Any, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that stops and goes on counts those before its checkpoint, and does those after it again: its metrics are
+    those of a stage that did not stop, and `max_skipped` is of the stage, not of the process."""
+    config = student_world.train_config(D2D | {"steps": 6, "max_skipped": 1})
+    with monkeypatch.context() as patch:
+        poisoned(patch, 2)
+        whole = student_world.train_config(
+            D2D | {"steps": 6, "max_skipped": 1}, output=str(student_world.folder / "whole")
+        )
+        expected = student_world.train(whole)
+    with monkeypatch.context() as patch:
+        poisoned(patch, 2)
+        folder = stopped_after_two_checkpoints(student_world, patch, config)
+    with monkeypatch.context() as patch:
+        poisoned(patch, 1)  # step 5, the second
+        with pytest.raises(TrainingError, match=r"step 5: .*2 such steps, `max_skipped` is 1"):
+            student_world.train(config)
+    assert (folder / "not-finite-5.json").exists()
+    student_world.train(config)
+    assert not (folder / "not-finite-5.json").exists()
+    assert metrics_of(folder) == metrics_of(expected)
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_on_one_rank_is_left_out_on_all(student_world: Any, metrics_of: Metrics) -> None:
+    """Both ranks decide the same and take the same steps after it: the other one's gradient was finite."""
+    config = student_world.file(D2D | {"steps": 6, "max_skipped": 1})
+    program = student_world.folder / "poisoned.py"
+    program.write_text(
+        "import os, sys\n"
+        "from logitlake_student.objectives import distillation\n"
+        "loss, calls = distillation.distillation_loss, []\n"
+        "def spoilt(*arguments, **keywords):\n"
+        "    calls.append(1)\n"
+        "    value, sums = loss(*arguments, **keywords)\n"
+        "    spoil = os.environ['RANK'] == '1' and len(calls) == 2\n"
+        "    return (value * float('nan') if spoil else value), sums\n"
+        "distillation.distillation_loss = spoilt\n"
+        "from logitlake_student.cli import main\n"
+        f"sys.argv = ['logitlake-student', 'train', {str(config)!r}]\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
+            *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
+            str(program),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    lines = metrics_of(student_world.output / "d2d")
+    assert [line.get("skipped", 0) for line in lines] == [0, 1, 1, 1, 1, 1]
+    assert all(line["forward_kl"] > 0 for line in lines[2:])
 
 
 # ---- C11, C13 ----

@@ -112,6 +112,9 @@ class D2SStage(_DistillationStage):
     """weight of the load-balancing loss: mean over layers, frequencies of the global batch"""
     z_loss_weight: float = Field(default=0.0, ge=0)
     """weight of the router z-loss"""
+    bias_rate: float | None = Field(default=None, gt=0)
+    """balance without a loss: after every step each expert's chances move by this much against its load, and fall back
+    over the last fifth of the steps; 0.001 is DeepSeek-V3's. Usually with `balance_weight = 0`; default: none"""
     capacity_factor: float | None = Field(default=None, gt=0)
     """even shares of a forward pass's tokens that an expert takes in training before it drops the rest; default: all"""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logitlake_shared.durable import sync
+from logitlake_shared.durable import publish_folder
 from logitlake_shared.errors import ExportError
 from logitlake_student.export.card import (
     CardFacts,
@@ -104,10 +104,7 @@ def building(out_dir: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
-        for file in folder.iterdir():
-            sync(file)
-        folder.rename(out_dir)
-        sync(out_dir.parent)
+        publish_folder(folder, out_dir)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -58,10 +58,22 @@ class LayerRouting:
     """Experts that no token chose."""
 
 
-def count_experts(router_logits: Sequence[Tensor], token_mask_N: Tensor, num_experts_per_tok: int) -> ExpertCounts:
-    """How often each expert was chosen by the real tokens."""
-    routes = _routes(router_logits, token_mask_N, num_experts_per_tok)
-    return ExpertCounts(torch.stack([assigned_TE.sum(dim=0) for _, assigned_TE in routes]), token_mask_N.sum())
+def count_experts(
+    router_logits: Sequence[Tensor],
+    token_mask_N: Tensor,
+    num_experts_per_tok: int,
+    chosen: Sequence[Tensor] | None = None,
+) -> ExpertCounts:
+    """How often each expert was chosen by the real tokens: by `chosen`, int64 `[N, k]` of each layer, or where nothing
+    but the logits decides, by these."""
+    _check(router_logits, token_mask_N)
+    if chosen is None:
+        chosen = [logits_NE.topk(num_experts_per_tok, dim=-1).indices for logits_NE in router_logits]
+    counts = [
+        torch.bincount(chosen_Nk[token_mask_N].flatten(), minlength=logits_NE.shape[1])
+        for logits_NE, chosen_Nk in zip(router_logits, chosen, strict=True)
+    ]
+    return ExpertCounts(torch.stack(counts).float(), token_mask_N.sum())
 
 
 def load_balancing_loss(
@@ -81,10 +93,11 @@ def load_balancing_loss(
     """
     if counts is None:
         counts = count_experts(router_logits, token_mask_N, num_experts_per_tok)
-    routes = _routes(router_logits, token_mask_N, num_experts_per_tok)
+    _check(router_logits, token_mask_N)
+    probs = [torch.softmax(logits_NE.float()[token_mask_N], dim=-1) for logits_NE in router_logits]
     losses = [
         probs_TE.shape[1] * (frequency_E * (probs_TE.sum(dim=0) / counts.num_tokens)).sum()
-        for (probs_TE, _), frequency_E in zip(routes, counts.assigned_LE / counts.num_tokens, strict=True)
+        for probs_TE, frequency_E in zip(probs, counts.assigned_LE / counts.num_tokens, strict=True)
     ]
     return torch.stack(losses).mean()
 
@@ -117,19 +130,6 @@ def routing_statistics(counts: ExpertCounts, entropy_L: Tensor, num_experts_per_
         violation = float(load_E.max()) * len(load_E) - 1
         layers.append(LayerRouting(load_E, float(entropy / num_tokens), violation, int((assigned_E == 0).sum())))
     return layers
-
-
-def _routes(
-    router_logits: Sequence[Tensor], token_mask_N: Tensor, num_experts_per_tok: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Per layer, over the T real tokens: router probabilities [T, E] and 0/1 assignments [T, E], float32."""
-    _check(router_logits, token_mask_N)
-    routes = []
-    for logits_NE in router_logits:
-        probs_TE = torch.softmax(logits_NE.float()[token_mask_N], dim=-1)
-        chosen_Tk = probs_TE.topk(num_experts_per_tok, dim=-1).indices
-        routes.append((probs_TE, torch.zeros_like(probs_TE).scatter_(1, chosen_Tk, 1.0)))
-    return routes
 
 
 def _check(router_logits: Sequence[Tensor], token_mask_N: Tensor) -> None:

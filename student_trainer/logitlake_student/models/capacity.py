@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Capacity", "choose_within_capacity"]
+__all__ = ["Capacity", "weights_within_capacity"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,12 @@ class Capacity:
     """bool, False at padding, which takes no place"""
 
 
-def choose_within_capacity(probs_NE: Tensor, k: int, capacity: Capacity) -> tuple[Tensor, Tensor]:
-    """`weights_Nk`, 0 where a choice was dropped, and `expert_ids_Nk`. The gradient flows through the weights."""
-    num_experts = probs_NE.shape[1]
-    probs_Nk, ids_Nk = probs_NE.topk(k, dim=-1)
+def weights_within_capacity(probs_Nk: Tensor, ids_Nk: Tensor, num_experts: int, capacity: Capacity) -> Tensor:
+    """`weights_Nk` of choices and their router probabilities, first choices first: 0 where a choice was dropped."""
+    k = ids_Nk.shape[1]
     real_N1 = capacity.token_mask_N[:, None]
     limit = math.ceil(capacity.factor * k * int(capacity.token_mask_N.sum()) / num_experts)
-    queued_E = torch.zeros(num_experts, dtype=torch.long, device=probs_NE.device)
+    queued_E = torch.zeros(num_experts, dtype=torch.long, device=ids_Nk.device)
     fits = []
     for ids_N in ids_Nk.unbind(dim=1):
         chosen_NE = torch.nn.functional.one_hot(ids_N, num_experts) * real_N1
@@ -43,4 +42,4 @@ def choose_within_capacity(probs_NE: Tensor, k: int, capacity: Capacity) -> tupl
         fits.append(place_NE.gather(1, ids_N[:, None]).squeeze(1) < limit)
         queued_E = queued_E + chosen_NE.sum(dim=0)
     kept_Nk = probs_Nk * (torch.stack(fits, dim=1) | ~real_N1)
-    return kept_Nk / kept_Nk.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(kept_Nk.dtype).eps), ids_Nk
+    return kept_Nk / kept_Nk.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(kept_Nk.dtype).eps)

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitlake_shared.errors import TrainingError
-from logitlake_student.models.capacity import Capacity, choose_within_capacity
+from logitlake_student.models.capacity import Capacity, weights_within_capacity
 from logitlake_student.models.parts import routers
 
-__all__ = ["RouterRecorder", "compute_routers_in_float32", "float32_router_forward", "limit_experts"]
+__all__ = ["RouterRecorder", "bias_experts", "compute_routers_in_float32", "float32_router_forward", "limit_experts"]
 
 
 class RouterRecorder:
@@ -40,6 +40,7 @@ class RouterRecorder:
         self._routers = routers(model)
         self._logits: dict[int, Tensor] = {}
         self._dropped: dict[int, Tensor] = {}
+        self._chosen: dict[int, Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "RouterRecorder":
@@ -48,6 +49,7 @@ class RouterRecorder:
             def keep(_module: Any, _inputs: Any, output: tuple[Tensor, ...], layer: int = layer) -> None:
                 self._logits.setdefault(layer, output[0].float())
                 self._dropped.setdefault(layer, output[1].detach().eq(0))
+                self._chosen.setdefault(layer, output[2])
 
             self._hooks.append(router.register_forward_hook(keep))
         return self
@@ -76,10 +78,16 @@ class RouterRecorder:
         self.logits()
         return [self._dropped[layer] for layer in self._routers]
 
+    def chosen(self) -> list[Tensor]:
+        """int64 [N, k] of each sparse layer in order: the experts that each position was sent to."""
+        self.logits()
+        return [self._chosen[layer] for layer in self._routers]
+
     def clear(self) -> None:
         """Forgets what was recorded, for the next forward."""
         self._logits.clear()
         self._dropped.clear()
+        self._chosen.clear()
 
 
 def limit_experts(model: Any, capacity: Capacity | None) -> None:
@@ -91,6 +99,13 @@ def limit_experts(model: Any, capacity: Capacity | None) -> None:
         setattr(router, _CAPACITY, capacity)
 
 
+def bias_experts(model: Any, bias_LE: Tensor | None) -> None:
+    """What is added to the routers' probabilities when experts are chosen, of each sparse layer; None: nothing."""
+    for place, router in enumerate(routers(model).values()):
+        setattr(router, _BIAS, None if bias_LE is None else bias_LE[place])
+
+
+_BIAS = "logitlake_bias"
 _CAPACITY = "logitlake_capacity"
 
 
@@ -110,12 +125,13 @@ def float32_router_forward(router: Any, hidden_states: Tensor) -> tuple[Tensor, 
     with torch.autocast(hidden_NH.device.type, enabled=False):
         logits_NE = F.linear(hidden_NH.float(), router.weight.float())
         probs_NE = torch.softmax(logits_NE, dim=-1)
-        capacity = getattr(router, _CAPACITY, None)
+        bias_E, capacity = getattr(router, _BIAS, None), getattr(router, _CAPACITY, None)
+        # The bias says who is chosen, not how much the chosen weigh.
+        expert_ids_Nk = (probs_NE if bias_E is None else probs_NE + bias_E).topk(router.top_k, dim=-1).indices
+        weights_Nk = probs_NE.gather(1, expert_ids_Nk)
         if router.training and capacity is not None:
-            weights_Nk, expert_ids_Nk = choose_within_capacity(probs_NE, router.top_k, capacity)
-        else:
-            weights_Nk, expert_ids_Nk = probs_NE.topk(router.top_k, dim=-1)
-            # Mixtral's and Qwen3-VL-MoE's have no switch: they normalise.
-            if getattr(router, "norm_topk_prob", True):
-                weights_Nk = weights_Nk / weights_Nk.sum(dim=-1, keepdim=True)
+            weights_Nk = weights_within_capacity(weights_Nk, expert_ids_Nk, probs_NE.shape[1], capacity)
+        # Mixtral's and Qwen3-VL-MoE's have no switch: they normalise.
+        elif getattr(router, "norm_topk_prob", True):
+            weights_Nk = weights_Nk / weights_Nk.sum(dim=-1, keepdim=True)
     return logits_NE, weights_Nk.to(hidden_states.dtype), expert_ids_Nk

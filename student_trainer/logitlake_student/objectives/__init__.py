@@ -12,12 +12,13 @@ micro-batches on all ranks add up to the step's loss, however it is cut.
 
 from logitlake_student.objectives.distillation import DistillationObjective, check_targets_fit
 from logitlake_student.objectives.preference import PreferenceObjective
-from logitlake_student.objectives.routing import RoutingObjective, RoutingSums
+from logitlake_student.objectives.routing import ExpertBias, RoutingObjective, RoutingSums
 from logitlake_student.objectives.step import Objective, StepResult, StudentStep
 from logitlake_student.objectives.sums import StepTotals
 
 __all__ = [
     "DistillationObjective",
+    "ExpertBias",
     "Objective",
     "PreferenceObjective",
     "RoutingObjective",

@@ -18,6 +18,7 @@ from logitlake_student.losses.balance import (
     router_z_loss,
 )
 from logitlake_student.models.capacity import Capacity
+from logitlake_student.models.routing import RouterRecorder
 
 __all__ = ["RoutingObjective", "RoutingSums"]
 
@@ -56,9 +57,9 @@ class RoutingObjective:
         """Of a forward pass over these tokens."""
         return None if self._capacity_factor is None else Capacity(self._capacity_factor, token_mask_N)
 
-    def count(self, router_logits: Sequence[Tensor], token_mask_N: Tensor) -> ExpertCounts:
+    def count(self, heard: RouterRecorder, token_mask_N: Tensor) -> ExpertCounts:
         """Which experts the tokens of a micro-batch chose."""
-        return count_experts(router_logits, token_mask_N, self.num_experts_per_tok)
+        return count_experts(heard.logits(), token_mask_N, self.num_experts_per_tok, heard.chosen())
 
     def __call__(
         self, router_logits: Sequence[Tensor], token_mask_N: Tensor, counts: ExpertCounts
@@ -70,10 +71,36 @@ class RoutingObjective:
             loss = loss + self._z_loss_weight * router_z_loss(router_logits, token_mask_N, counts.num_tokens)
         return loss, balance.detach()
 
-    def told(self, router_logits: Sequence[Tensor], dropped: Sequence[Tensor], token_mask_N: Tensor) -> RoutingSums:
-        """What is logged of a micro-batch; `dropped` is bool `[N, k]` of each layer."""
+    def told(self, heard: RouterRecorder, token_mask_N: Tensor) -> RoutingSums:
+        """What is logged of a micro-batch."""
         return RoutingSums(
-            self.count(router_logits, token_mask_N),
-            router_entropies(router_logits, token_mask_N),
-            torch.stack([dropped_Nk[token_mask_N].sum().float() for dropped_Nk in dropped]),
+            self.count(heard, token_mask_N),
+            router_entropies(heard.logits(), token_mask_N),
+            torch.stack([dropped_Nk[token_mask_N].sum().float() for dropped_Nk in heard.dropped()]),
         )
+
+
+class ExpertBias:
+    """Balance without a loss (arXiv 2408.15664): each expert's chances move against its load after every step.
+
+    A stock model has no such bias, so it falls to nothing over the last fifth of the stage: the student that is saved
+    routes as it was trained to at the end.
+    """
+
+    def __init__(self, rate: float, num_steps: int, num_layers: int, num_experts: int, device: torch.device) -> None:
+        self._rate, self._num_steps = rate, num_steps
+        self.total_LE = torch.zeros(num_layers, num_experts, device=device)
+
+    def update(self, counts: ExpertCounts) -> None:
+        """After a step; `counts` of the global batch."""
+        even_L1 = counts.assigned_LE.mean(dim=1, keepdim=True)
+        self.total_LE += self._rate * torch.sign(even_L1 - counts.assigned_LE)
+
+    def at(self, step: int) -> Tensor:
+        """`bias_LE` for the step after `step`."""
+        left = (self._num_steps - 1 - step) / max(_FADES * self._num_steps, 1)
+        return self.total_LE * max(0.0, min(1.0, left))
+
+
+# Share of a stage over which the bias falls to nothing.
+_FADES = 0.2

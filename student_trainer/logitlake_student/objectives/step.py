@@ -60,6 +60,8 @@ class StudentStep(nn.Module):
         self.student = student
         self.objective = objective
         self.routing = routing
+        self.step_counts: ExpertCounts | None = None
+        """of the global batch, once a forward pass has been"""
 
     @property
     def needs_survey(self) -> bool:
@@ -78,15 +80,17 @@ class StudentStep(nn.Module):
                 surveyed = self.objective.survey(self.student, batch)
             else:
                 loss_sum, sums = self.objective(self.student, batch, totals)
-        logits = recorder.logits() if recorder is not None else []
         if totals is None:
-            return surveyed | (_as_sums(self.routing.count(logits, mask_N)) if self.routing is not None else {})
+            if self.routing is None or recorder is None:
+                return surveyed
+            return surveyed | _as_sums(self.routing.count(recorder, mask_N))
         loss = loss_sum / totals.num_items
         sums = {name: value / totals.num_items for name, value in sums.items()}
         told = None
         if self.routing is not None and recorder is not None:
-            told = self.routing.told(logits, recorder.dropped(), mask_N)
-            routing_loss, balance = self.routing(logits, mask_N, _as_counts(totals.complete(_as_sums(told.counts))))
+            told = self.routing.told(recorder, mask_N)
+            self.step_counts = _as_counts(totals.complete(_as_sums(told.counts)))
+            routing_loss, balance = self.routing(recorder.logits(), mask_N, self.step_counts)
             loss = loss + routing_loss
             sums["balance"] = balance
         return StepResult(loss, sums | {"loss": loss.detach()}, told)
