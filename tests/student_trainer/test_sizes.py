@@ -57,7 +57,7 @@ def test_a_dry_run_without_the_student_says_that_it_counted_nothing(
 
 
 def test_the_table_by_hand() -> None:
-    """A row a part in their order, a column for each new student and each stage; nothing is a dash, large is rounded."""
+    """A row a part in their order, a column for each new student and each stage; none is a dash, large is rounded."""
     dense = {"projector": PartReport(2_000, 2_000, 2_000), "dense FFN": PartReport(1_234_567, 1_234_567, 0)}
     sparse = {
         "projector": PartReport(2_000, 2_000, 2_000),
