@@ -62,7 +62,7 @@ def load_image_processor(model_dir: Path) -> Any:
             f"{model_dir}: no image processor: expected one of {', '.join(_PROCESSOR_FILES)}; copy it from the "
             "checkpoint the vision tower came from"
         )
-    return AutoImageProcessor.from_pretrained(model_dir, backend="pil")
+    return AutoImageProcessor.from_pretrained(model_dir, backend="pil", trust_remote_code=False)
 
 
 def image_processor_sha256(model_dir: Path) -> str | None:

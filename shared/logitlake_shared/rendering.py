@@ -258,7 +258,7 @@ def _load_tokenizer(model_dir: Path) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(model_dir)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_dir)
+    return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
 
 
 def _answered_turns(messages: Messages, open_end: bool) -> list[int] | DataError:

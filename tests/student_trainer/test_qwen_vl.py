@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 from tests.tiny_models import save_tiny_qwen_vl
 
+from logitlake_shared.errors import ConfigError
 from logitlake_shared.reader import LakeDataset
 from logitlake_student.answers import kl_to_teacher, load_examinee
 from logitlake_student.config import TrainConfig
 from logitlake_student.models.load import load_student
+from logitlake_student.sizes import planned_parameters
 
 # Float32 means over a few dozen tokens, padded on another side.
 MEAN_TOLERANCE = 1e-5
@@ -85,3 +87,24 @@ def test_it_goes_through_the_stages(
     assert kls["d2s"][-1] < kls["d2s"][0]
     sparse = load_student(d2s / "model", dtype=torch.float32)
     assert sparse.config.model_type == "qwen3_vl_moe"
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_older_ones_train_dense(
+    family: str, student_world: Any, qwen_lake: Path, metrics_of: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    """Their mergers learn in init, their language model in d2d; they have no sparse sibling, which is said first."""
+    folder = student_world.folder / "student"
+    save_tiny_qwen_vl(folder, family)
+    stages = [{"type": "init", "steps": 2}, {"type": "d2d", "steps": 12, "batch_size": 13}]
+    document = student_world.document(*stages)
+    document |= {"student": {"checkpoint": str(folder)}, "data": {"lake": str(qwen_lake), "samples": "main"}}
+    kls = [line["forward_kl"] for line in metrics_of(student_world.train(TrainConfig.model_validate(document)))]
+    assert kls[-1] < kls[0]
+    begun, trained = load_file(folder / "model.safetensors"), student_world.output / "init" / "model"
+    moved = {name for name, after in load_file(trained / "model.safetensors").items() if not after.equal(begun[name])}
+    assert moved
+    assert all(name.startswith("model.visual.merger.") or name.startswith("visual.merger.") for name in moved)
+    document["stages"].append(document["stages"][1] | {"type": "d2s"})
+    with pytest.raises(ConfigError, match="has no sparse sibling"):
+        planned_parameters(TrainConfig.model_validate(document))

@@ -61,7 +61,8 @@ def assembled_config(
             f"expected {-num_layers - 1} to {num_layers}; got {vision_feature_layer}"
         )
     text = read_config(language_model_dir)
-    image_token_id = AutoTokenizer.from_pretrained(language_model_dir).get_vocab().get(image_token)
+    tokenizer = AutoTokenizer.from_pretrained(language_model_dir, trust_remote_code=False)
+    image_token_id = tokenizer.get_vocab().get(image_token)
     if image_token_id is None or image_token_id >= text.vocab_size:
         raise ConfigError(
             f"{language_model_dir}: expected the placeholder {image_token!r} in the tokenizer, within the "
@@ -174,7 +175,7 @@ def save_assembled(model: Any, out_dir: Path, *, vision_tower_dir: Path, languag
         )
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(language_model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(language_model_dir, trust_remote_code=False)
     content = {
         "processor_class": "LlavaProcessor",
         "image_processor": json.loads(image_processor.read_text()),
