@@ -3,15 +3,17 @@
 The bytes go to a hidden name (`<name>#<n>`, which no listing of obstore shows), are synced, and only then appear
 under their own name by one link or rename; the folder is synced last, and so is every folder that had to be made, up
 to the first that was there. So a name never stands for fewer bytes than were written, even after a power loss, and a
-sync that fails leaves nothing behind: its file is given up, not synced again.
+sync that fails leaves nothing behind: its file is given up, not synced again. A folder of many files is built under
+another name and gets its own (`publish_folder`) when all below it is synced.
 """
 
 import os
 import secrets
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["create_file", "replace_file", "sync"]
+__all__ = ["create_file", "publish_folder", "replace_file", "sync"]
 
 
 def create_file(path: Path, data: bytes) -> bool:
@@ -31,6 +33,20 @@ def replace_file(path: Path, data: bytes) -> None:
     """Creates or replaces `path`: a reader sees the old bytes or the new ones. Raises `OSError`."""
     _stage(path, data).replace(path)
     sync(path.parent)
+
+
+def publish_folder(built: Path, name: Path) -> None:
+    """Gives a finished folder its name, next to it or elsewhere on the same file system. Raises `OSError`.
+
+    What was there under that name goes first: after a crash in between there is neither.
+    """
+    for path in sorted(built.rglob("*"), reverse=True):  # what is in a folder before the folder
+        sync(path)
+    sync(built)
+    if name.exists():
+        shutil.rmtree(name)
+    built.rename(name)
+    sync(name.parent)
 
 
 def _stage(path: Path, data: bytes) -> Path:

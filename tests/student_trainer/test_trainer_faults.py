@@ -117,23 +117,24 @@ def test_a_checkpoint_of_another_run_is_refused(
     configuration, snapshot or cache is not gone on from, and the field is named, before the first step."""
     stage = D2D | {"steps": 6}
     folder = stopped_after_two_checkpoints(student_world, monkeypatch, student_world.train_config(stage))
-    field, sections = {"seed": "stage.seed", "snapshot": "lake.snapshot", "cache": "lake.samples"}[other], {}
+    field = {"seed": "stage.seed", "snapshot": "lake.snapshot", "cache": "lake.samples"}[other]
+    lake, data = student_world.folder / "lake", {}
     if other == "seed":
         stage = stage | {"seed": 1}
-    elif other == "snapshot":
-        shutil.copytree(student_world.lake, student_world.folder / "grown")
-        cache = Lake.open(student_world.folder / "grown").cache("main")
-        sample = LakeDataset(student_world.lake, "main", split="train")[4]
+    else:
+        shutil.copytree(student_world.lake, lake)
+        data = {"lake": str(lake)}
+    if other == "snapshot":
+        sample = LakeDataset(lake, "main", split="train")[4]
+        cache = Lake.open(lake).cache("main")
         cache.publish_unit(
             UnitResult(unit="999999-later", samples=[replace(sample, sample_id="later", image_sha256=())])
         )
         assert cache.snapshot().number == 2
-        sections = {"data": {"lake": str(student_world.folder / "grown")}}
-    else:
-        capture_samples(student_world.folder / "lake", "main", codec={"k_max": 8})
-        sections = {"data": {"lake": str(student_world.folder / "lake"), "pairs": None}}
-        del sections["data"]["pairs"]
-    config = student_world.train_config(stage, output=str(student_world.folder / "other"), **sections)
+    if other == "cache":
+        capture_samples(lake, "other", codec={"k_max": 8})
+        data["samples"] = "other"
+    config = student_world.train_config(stage, output=str(student_world.folder / "other"), data=data)
     (run,) = plan_run(config)
     run.folder.mkdir(parents=True)
     (folder / "checkpoint-4").rename(run.folder / "checkpoint-4")
