@@ -337,6 +337,27 @@ def test_a_file_of_other_columns_ends_the_command(
         teacher_world.plan("samples", TokensSource(path=path))
 
 
+def test_text_that_is_not_utf8_ends_the_command(teacher_world: Any, good_row: dict[str, Any]) -> None:
+    """Parquet does not look; here somebody does, and says where."""
+    broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"], pa.binary()).buffers())
+    table = pa.Table.from_pylist([good_row]).append_column("task", broken)
+    path = teacher_world.folder / "latin.parquet"
+    pq.write_table(table, path)
+    with pytest.raises(DataError, match=r"latin\.parquet: rows 0 to 0 are damaged: .*UTF8"):
+        teacher_world.plan("samples", TokensSource(path=path))
+
+
+def test_a_column_of_nothing_is_no_column(
+    teacher_world: Any, tokens: Callable[..., TokensSource], good_row: dict[str, Any]
+) -> None:
+    """Null in every row, as writers leave it: ids by place, the table's origin, no conversation, no image."""
+    nothing = dict.fromkeys(("sample_id", "task", "source", "split", "messages", "images"))
+    (sample,) = samples_of(teacher_world.plan("samples", tokens([good_row | nothing])))
+    assert (sample.sample_id, sample.task, sample.source) == ("tokens-0", "chat", "tokens")
+    assert list(sample.messages) == []
+    assert sample.images == ()
+
+
 def test_what_needs_the_text_is_refused(teacher_world: Any) -> None:
     """A pass without images and pairs write prompts anew: the configuration is refused, before anything is read."""
     common = {

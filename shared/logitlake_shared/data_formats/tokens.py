@@ -117,7 +117,9 @@ def _wanted(batch: TokenBatch, selection: Selection) -> Bool:
     if selection.max_turns is not None:
         turns_N: Any = pc.list_value_length(batch.columns.column("response_lengths")).to_numpy()
         wanted_N &= turns_N <= selection.max_turns
-    num_images_N = np.array([len(own) for own in batch.images or ()] or [0] * len(batch), np.int64)
+    num_images_N = np.zeros(len(batch), np.int64)
+    if batch.images is not None:
+        num_images_N[:] = [len(own) for own in batch.images]
     wanted_N &= num_images_N >= selection.min_images
     if selection.max_images is not None:
         wanted_N &= num_images_N <= selection.max_images
@@ -142,7 +144,10 @@ def _batch_rows(table: TableFile, names: Sequence[str]) -> int:
 
 
 def _batch(rows: pa.RecordBatch, start: int, file: InputFile, options: ReadOptions) -> TokenBatch:
-    rows.validate(full=True)  # text that is not UTF-8 is an unreadable file, not a crash further on
+    try:
+        rows.validate(full=True)  # of text that is not UTF-8, nobody further on expects anything
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{file.path}: rows {start} to {start + rows.num_rows - 1} are damaged: {error}") from error
     problems = RowProblems(rows.num_rows)
     number_N = pa.array(np.arange(start, start + rows.num_rows)).cast(pa.string())
     where = pc.binary_join_element_wise(f"{file.name}: row ", number_N, "")
@@ -252,8 +257,9 @@ def _messages(
     if "messages" not in rows.schema.names:
         return _repeated(nothing, rows.num_rows)
     column = rows.column("messages")
-    if not (_is_text(column.type) or pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        raise DataError(f"{file.path}: column messages must hold turns, or JSON of turns, got {column.type}")
+    type_ = column.type
+    if not (_is_text(type_) or pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_null(type_)):
+        raise DataError(f"{file.path}: column messages must hold turns, or JSON of turns, got {type_}")
     texts = []
     for row, value in enumerate(column.to_pylist()):
         own = () if images is None else images[row]
