@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["foreseen_sizes", "planned_parameters", "size_table"]
 
 
-def planned_parameters(config: TrainConfig) -> dict[str, "ParameterReport"]:
-    """By stage, the parameters of its student, with what the stage trains.
+def planned_parameters(config: TrainConfig, *, download: bool = True) -> dict[str, "ParameterReport"]:
+    """By stage, the parameters of its student, with what the stage trains. `download`: whether the hub may be asked.
 
     Raises:
         ConfigError: a student that is not there or of an unknown kind, a stage that has nothing to train on it, an
@@ -33,7 +33,7 @@ def planned_parameters(config: TrainConfig) -> dict[str, "ParameterReport"]:
     from logitlake_student.stages import freeze_for_stage
 
     quiet_transformers()
-    student = _student_config(config)
+    student = _student_config(config, [local_folder(place, download=download) for place in _given(config)])
     reports: dict[str, ParameterReport] = {}
     for stage in config.stages:
         if isinstance(stage, D2SStage):
@@ -51,12 +51,11 @@ def planned_parameters(config: TrainConfig) -> dict[str, "ParameterReport"]:
     return reports
 
 
-def _student_config(config: TrainConfig) -> Any:
+def _student_config(config: TrainConfig, folders: list[Path]) -> Any:
     """What the first stage begins with."""
     from logitlake_student.models.assemble import assembled_config
     from logitlake_student.models.load import read_config
 
-    folders = [local_folder(place) for place in _given(config)]
     if config.student.checkpoint is not None:
         return read_config(*folders)
     return assembled_config(*folders, vision_feature_layer=config.student.vision_feature_layer)
@@ -111,4 +110,4 @@ def foreseen_sizes(config: TrainConfig) -> str:
     for place in _given(config):
         if not local_folder(place, download=False).is_dir():
             return f"parameters: not counted, {place} is not here yet"
-    return size_table(planned_parameters(config))
+    return size_table(planned_parameters(config, download=False))

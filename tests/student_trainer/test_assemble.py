@@ -14,7 +14,7 @@ from torch import Tensor
 
 from logitlake_shared.errors import ConfigError
 from logitlake_student.model_inputs import tokens_per_image
-from logitlake_student.models.assemble import assemble_llava, save_assembled, save_student
+from logitlake_student.models.assemble import assemble_llava, copy_processor_files, save_assembled, save_student
 from logitlake_student.models.hub import local_folder, pin, pinned
 from logitlake_student.models.load import load_student
 
@@ -118,6 +118,45 @@ def test_a_siglip_tower_shows_all_its_tokens(whole: bool, tmp_path: Path, parts:
     given = {name.removeprefix("vision_model."): tensor for name, tensor in given.items()}
     for name, tensor in loaded.model.vision_tower.state_dict().items():
         assert torch.equal(tensor, given[name.removeprefix("vision_model.")])
+
+
+def test_a_siglip_and_a_llama_learn_from_the_lake(
+    student_world: Any, tiny_teacher: Path, metrics_of: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    """Assembled, trained through the dense stages and sparse as a LLaVA around a Mixtral, which stock classes load."""
+    from transformers import (
+        AutoModelForImageTextToText,
+        LlamaConfig,
+        LlamaForCausalLM,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
+
+    tower_dir, lm_dir = student_world.folder / "tower", student_world.folder / "lm"
+    SiglipVisionModel(SiglipVisionConfig(image_size=32, patch_size=16, **SMALL)).save_pretrained(tower_dir)
+    processor = json.loads((tiny_teacher / "preprocessor_config.json").read_text())
+    processor |= {"image_processor_type": "SiglipImageProcessor", "do_center_crop": None, "crop_size": None}
+    (tower_dir / "preprocessor_config.json").write_text(json.dumps(processor))
+    vocab_size = json.loads((tiny_teacher / "config.json").read_text())["text_config"]["vocab_size"]
+    torch.manual_seed(3)
+    text = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=128, **SMALL)
+    LlamaForCausalLM(text).save_pretrained(lm_dir)
+    copy_processor_files([tiny_teacher], lm_dir)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (lm_dir / name).unlink()
+    stages = [{"type": "init", "steps": 2}, {"type": "d2d", "steps": 12}, {"type": "d2s", "layers": "all"}]
+    folder = student_world.train(
+        student_world.train_config(*stages, student={"vision_tower": str(tower_dir), "language_model": str(lm_dir)})
+    )
+    kls = [line["forward_kl"] for line in metrics_of(student_world.output / "d2d")]
+    assert kls[-1] < kls[0]
+    model, loading = AutoModelForImageTextToText.from_pretrained(folder / "model", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert (model.config.vision_config.model_type, model.config.text_config.model_type) == (
+        "siglip_vision_model",
+        "mixtral",
+    )
 
 
 def test_a_sparse_language_model_can_be_a_part(
