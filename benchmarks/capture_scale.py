@@ -125,17 +125,17 @@ def _commit(worker: UnitWorker, units: Iterable[Unit]) -> None:
 
 
 def rate_figures(rounds: int, quick: bool) -> list[Figure]:
-    """Samples a second: planned, committed and both, on one core; and both on all cores by the wall clock."""
+    """Samples a second: planned, committed and both, in one process; and both on all cores by the wall clock."""
     cores = os.cpu_count() or 1
     figures = []
     for name, make in _SOURCES.items():
-        one_core = [_rates_of_one_core(make, 5_000 if quick else 20_000) for _ in range(rounds)]
-        planned, committed, both, of_cpu = (median([rates[place] for rates in one_core]) for place in range(4))
+        one_process = [_rates_of_one_process(make, 5_000 if quick else 20_000) for _ in range(rounds)]
+        planned, committed, both, of_cpu = (median([rates[place] for rates in one_process]) for place in range(4))
         together = median([_rate_of_all_cores(make, 40_000 if quick else 400_000, cores) for _ in range(rounds)])
         figures += [
-            Figure(f"fake samples planned, {name}, one core", planned, "samples / s"),
-            Figure(f"fake samples committed, {name}, one core", committed, "samples / s"),
-            Figure(f"fake samples planned and committed, {name}, one core", both, "samples / s"),
+            Figure(f"fake samples planned, {name}, one process", planned, "samples / s"),
+            Figure(f"fake samples committed, {name}, one process", committed, "samples / s"),
+            Figure(f"fake samples planned and committed, {name}, one process", both, "samples / s"),
             Figure(f"fake samples planned and committed, {name}", of_cpu, "samples / s of CPU"),
             Figure(
                 f"fake samples planned and committed, {name}, {cores} cores",
@@ -148,7 +148,7 @@ def rate_figures(rounds: int, quick: bool) -> list[Figure]:
     return figures
 
 
-def _rates_of_one_core(make: MakeSource, num_samples: int) -> tuple[float, float, float, float]:
+def _rates_of_one_process(make: MakeSource, num_samples: int) -> tuple[float, float, float, float]:
     """By the wall clock: planned, committed, both. By CPU time, which a busy machine stretches less: both."""
     with tempfile.TemporaryDirectory() as name:
         source = make(num_samples, Path(name))
