@@ -214,7 +214,7 @@ def test_bad_rows_that_pass_become_errors_of_the_cache(
     assert [entry.rows for entry in commit.shards] == [1]
 
 
-@pytest.mark.parametrize("type_", [pa.int32(), pa.int64(), pa.uint16()])
+@pytest.mark.parametrize("type_", [pa.int32(), pa.int64(), pa.uint16(), pa.uint64()])
 @pytest.mark.parametrize("list_", [pa.list_, pa.large_list])
 def test_any_width_of_number_is_read(
     teacher_world: Any, good_row: dict[str, Any], type_: pa.DataType, list_: Callable[[pa.DataType], pa.DataType]

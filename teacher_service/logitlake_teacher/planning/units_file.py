@@ -138,6 +138,9 @@ class StoredUnit(Unit):
     A driver that hands units out makes none, and the rows are what crosses to another process.
     """
 
+    _kind: CacheKind
+    _rows: pa.Table
+
     def __init__(self, unit_id: str, kind: CacheKind, rows: pa.Table) -> None:
         vars(self).update(unit_id=unit_id, _kind=kind, _rows=rows)  # frozen: as its own `__init__` would
 
@@ -153,6 +156,3 @@ class StoredUnit(Unit):
     def rows(self) -> pa.Table:
         """See `Unit.rows`."""
         return self._rows
-
-    _kind: CacheKind
-    _rows: pa.Table
