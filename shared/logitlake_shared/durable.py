@@ -13,7 +13,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["create_file", "publish_folder", "replace_file", "sync"]
+__all__ = ["create_file", "publish_folder", "remove_staged", "replace_file", "sync"]
 
 
 def create_file(path: Path, data: bytes) -> bool:
@@ -47,6 +47,12 @@ def publish_folder(built: Path, name: Path) -> None:
         shutil.rmtree(name)
     built.rename(name)
     sync(name.parent)
+
+
+def remove_staged(folder: Path) -> None:
+    """Removes what killed writers of files left in a folder where nobody writes now."""
+    for staged in folder.glob("*#*"):
+        staged.unlink()
 
 
 def _stage(path: Path, data: bytes) -> Path:

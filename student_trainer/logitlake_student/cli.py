@@ -38,7 +38,7 @@ def cli() -> None:
 def train(config: "TrainConfig", ray_workers: int | None, max_failures: int) -> None:
     """Train the configured stages in order; resumes where it was stopped."""
     from logitlake_student.ranks import is_first_rank, leave_ranks
-    from logitlake_student.run import plan_run, train_stage
+    from logitlake_student.run import plan_run, train_run
 
     tell = click.echo if is_first_rank() else lambda _: None
     if not all(run.is_done() for run in plan_run(config)):
@@ -47,11 +47,10 @@ def train(config: "TrainConfig", ray_workers: int | None, max_failures: int) -> 
         tell(size_table(planned_parameters(config)))
         if ray_workers is not None:
             _on_ray(config, ray_workers, max_failures)
-    for run in plan_run(config):
-        if run.is_done():
+    for run, figures in train_run(config):
+        if figures is None:
             tell(f"{run.stage.type}: trained already, {run.model}")
             continue
-        figures = train_stage(config, run)
         tell(
             f"{run.stage.type}: {figures['steps']} steps in {figures['seconds']} s, {figures['params_trainable']:,} of "
             f"{figures['params_total']:,} parameters trained, {run.model}"

@@ -8,7 +8,7 @@ student are checked to belong together.
 Axes: B samples, S positions, R response rows of the batch, K cached entries, P pairs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from logitlake_schemas import CaptureSpec, Codec, Temperature
 from logitlake_shared.alignment import interleave, predicting_rows
-from logitlake_shared.errors import DataError, FingerprintMismatchError, TrainingError
+from logitlake_shared.errors import DataError, FingerprintMismatchError, LakeCorruptError, TrainingError
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.reader.order import Layout, epoch_order
 from logitlake_shared.rendering import Renderer, without_images
@@ -31,6 +31,7 @@ from logitlake_student.model_inputs import Expanded, ModelInputs
 __all__ = [
     "EpochOrder",
     "PairCollator",
+    "ReadableItems",
     "SampleCollator",
     "Sequences",
     "StudentInputs",
@@ -73,6 +74,49 @@ def check_student_fits(spec: CaptureSpec, dataset: LakeDataset, renderer: Render
                     f"sample {sample.sample_id}: the student renders other {name} than the lake holds; its tokenizer "
                     "normalises or splits text differently from the teacher's"
                 )
+
+
+class ReadableItems:
+    """A dataset of which damaged shards may take a part away: what cannot be read is left out and counted.
+
+    `tell` gets the reason, once for each row group. Raises `LakeCorruptError` for the item that is one too many.
+    """
+
+    def __init__(self, dataset: Any, max_unreadable: float, tell: Callable[[str], None]) -> None:
+        self._dataset, self._max_unreadable, self._tell = dataset, max_unreadable, tell
+        self._told: set[str] = set()
+        self.unreadable: set[int] = set()
+        """positions, so far"""
+        self.layout: Layout = dataset.layout
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, position: int) -> Any:
+        return self._dataset[position]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Any]:
+        """Those at `positions` that can be read, in that order; see torch's DataLoader."""
+        try:
+            items: list[Any] = self._dataset.__getitems__(positions)
+        except LakeCorruptError:
+            items = [item for position in positions for item in self._readable(position)]
+        return items
+
+    def _readable(self, position: int) -> list[Any]:
+        try:
+            return [self._dataset[position]]
+        except LakeCorruptError as error:
+            self.unreadable.add(position)
+            if len(self.unreadable) > self._max_unreadable * len(self):
+                raise LakeCorruptError(
+                    f"{error}; {len(self.unreadable)} of {len(self)} items cannot be read, `data.max_unreadable` is "
+                    f"{self._max_unreadable}. Mend the lake with `logitlake verify --repair`, or raise it"
+                ) from error
+            if str(error) not in self._told:
+                self._told.add(str(error))
+                self._tell(f"left out: {error}")
+            return []
 
 
 class EpochOrder(torch.utils.data.Sampler[int]):
@@ -120,6 +164,11 @@ class StudentInputs:
     def sequences(self, conversations: Sequence[Conversation], names: Sequence[str]) -> Sequences:
         """Raises `TrainingError` naming the first conversation that is longer than the student's context, or shows
         images to a student that has no eyes."""
+        if not conversations:
+            raise TrainingError(
+                "no sample of a micro-batch can be read; mend the lake with `logitlake verify --repair`, or raise "
+                "`micro_batch_size`"
+            )
         sequences = [
             self._expanded(conversation, name) for conversation, name in zip(conversations, names, strict=True)
         ]

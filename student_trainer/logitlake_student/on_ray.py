@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from logitlake_shared.errors import TrainingError
 from logitlake_student.config import TrainConfig
-from logitlake_student.run import plan_run, train_stage
+from logitlake_student.run import train_run
 
 __all__ = ["train_on_ray"]
 
@@ -48,7 +48,5 @@ def train_on_ray(config: TrainConfig, num_workers: int, max_failures: int) -> No
 
 def _train_rank(arguments: dict[str, Any]) -> None:
     os.chdir(arguments["folder"])
-    config = TrainConfig.model_validate(arguments["config"])
-    for run in plan_run(config):
-        if not run.is_done():
-            train_stage(config, run)
+    for _ in train_run(TrainConfig.model_validate(arguments["config"])):
+        pass

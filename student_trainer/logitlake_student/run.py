@@ -5,6 +5,7 @@
     <output>/<stage>/started.json    written first: what is trained on what
     <output>/<stage>/done.json       written last: the same, and the closing figures
     <output>/<stage>/provenance.json resolved configuration, versions, command line
+    <output>/<stage>/left-out.json   pairs that cannot be learned from, and why; where there are any
     <output>/<stage>/checkpoint-N/   while the stage runs
     <output>/snapshots.json          the snapshot of each cache that the run is pinned to
     <output>/hub.json                the revision of a student that was given by its name on the hub
@@ -24,11 +25,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import click
+
 from logitlake_schemas import canonical_json, fingerprint
 from logitlake_shared.cli_support import progress
 from logitlake_shared.config import write_provenance
-from logitlake_shared.durable import publish_folder, replace_file
-from logitlake_shared.errors import ConfigError, FingerprintMismatchError, MemoryExhaustedError, TrainingError
+from logitlake_shared.durable import publish_folder, remove_staged, replace_file
+from logitlake_shared.errors import ConfigError, FingerprintMismatchError, TrainingError
 from logitlake_shared.lake import Lake
 from logitlake_student.checkpoints import first_difference
 from logitlake_student.config import (
@@ -40,11 +43,12 @@ from logitlake_student.config import (
 from logitlake_student.output_lock import output_lock
 from logitlake_student.ranks import first_rank_first, is_first_rank, join_ranks, wait_for_ranks, world_size
 
-__all__ = ["StageRun", "plan_run", "train_stage"]
+__all__ = ["StageRun", "plan_run", "train_run", "train_stage"]
 
 STARTED = "started.json"
 DONE = "done.json"
 SNAPSHOTS = "snapshots.json"
+LEFT_OUT = "left-out.json"
 HUB = "hub.json"
 
 
@@ -116,13 +120,26 @@ def plan_run(config: TrainConfig) -> list[StageRun]:
     return runs
 
 
+def train_run(config: TrainConfig) -> Iterator[tuple[StageRun, dict[str, Any] | None]]:
+    """The stages in order, each when it is done: with its closing figures, None where it was done already."""
+    for run in plan_run(config):
+        if not run.is_done():
+            yield run, train_stage(config, run)
+            continue
+        if is_first_rank():
+            _remove_checkpoints(run)  # of a process that was killed when all else was done
+        yield run, None
+
+
 def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     """Trains one stage to its end, resuming from its newest complete checkpoint. Returns its closing figures.
 
     Raises `ConfigError` while another process trains into the same output.
     """
     _check_trackers(config)
-    with output_lock(config.output) if is_first_rank() else nullcontext():
+    from logitlake_student.explained import room_explained
+
+    with room_explained(config.output), output_lock(config.output) if is_first_rank() else nullcontext():
         return _train_stage(config, run)
 
 
@@ -132,7 +149,8 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     from logitlake_shared.reader import LakeDataset, PairDataset
     from logitlake_shared.rendering import Renderer
     from logitlake_student.checkpoints import newest_checkpoint
-    from logitlake_student.data import PairCollator, SampleCollator, StudentInputs, check_student_fits
+    from logitlake_student.data import PairCollator, ReadableItems, SampleCollator, StudentInputs, check_student_fits
+    from logitlake_student.explained import memory_explained
     from logitlake_student.model_inputs import ModelInputs
     from logitlake_student.models.assemble import save_student
     from logitlake_student.models.load import quiet_transformers
@@ -142,6 +160,7 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     from logitlake_student.sharding import whole
     from logitlake_student.stages import freeze_for_stage
     from logitlake_student.trainer import StageTrainer, micro_batches
+    from logitlake_student.usable_pairs import UsablePairs
 
     quiet_transformers()
     if config.num_threads is not None:
@@ -171,6 +190,7 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         context_length=getattr(text_config(model), "max_position_embeddings", None),
     )
     dataset: Any = samples
+    usable: UsablePairs | None = None
     collate: Any
     if not isinstance(stage, PreferenceStage):
         check_targets_fit(stage, samples.spec)
@@ -188,22 +208,30 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
                 f"stages.{stage.type}.image_weight: needs pairs that were scored without their images, too; score them "
                 "with pairs.no_image_pass=true, or set it to 0"
             )
+        usable = UsablePairs(dataset, measured_by_teacher=stage.reference == "teacher")
         collate = PairCollator(inputs, renderer if stage.image_weight else None)
 
     if is_first_rank():
         run.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (config.output, run.folder):
+            remove_staged(folder)
         _write(config.output / SNAPSHOTS, run.snapshots)
         _write(run.folder / STARTED, {"identity": run.identity})
         write_provenance(run.folder / "provenance.json", config)
+        if usable is not None and usable.left_out:
+            _write(run.folder / LEFT_OUT, usable.left_out)
+            counts = ", ".join(f"{code} {number}" for code, number in usable.counts().items())
+            _warn(f"{len(usable.left_out)} of {len(dataset)} pairs are left out ({counts}): {run.folder / LEFT_OUT}")
     wait_for_ranks()
 
     newest = newest_checkpoint(run.folder)
     done_steps = newest[0] if newest is not None else 0
+    readable = ReadableItems(dataset if usable is None else usable, config.data.max_unreadable, _warn)
     with _progress(f"train {stage.type}", stage.steps) as advance:
         trainer = StageTrainer(
             model,
             stage,
-            dataset,
+            readable,
             collate,
             run.folder,
             vocab_size=renderer.vocab_size,
@@ -214,7 +242,7 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         trainer.take_up_records(done_steps)
         if newest is not None:
             advance(done_steps)
-        with _memory_explained(config):
+        with memory_explained(config):
             trainer.train(resume_from_checkpoint=str(newest[1]) if newest is not None else None)
 
     parameters = parameter_report(model)
@@ -228,6 +256,8 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         "parts": {name: asdict(part) for name, part in parameters.parts.items()},
         "tensors_trained": len(trained),
     }
+    if usable is not None and usable.left_out:
+        figures["pairs_left_out"] = usable.counts()
     weights = whole(model.state_dict(keep_vars=True).items())
     if is_first_rank():
         building = run.folder / ".model"
@@ -235,28 +265,14 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
         save_student(model, building, files_from=start_dir, weights=weights)
         publish_folder(building, run.model)
         _write(run.folder / DONE, {"identity": run.identity, "figures": figures})
-        for checkpoint in run.folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        shutil.rmtree(run.folder / ".building", ignore_errors=True)
+        _remove_checkpoints(run)
     wait_for_ranks()
     return figures
 
 
-@contextmanager
-def _memory_explained(config: TrainConfig) -> Iterator[None]:
-    """Says what to change where a step does not fit."""
-    import torch
-
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA; on a CPU the allocator's own words
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        checkpoints = "" if config.gradient_checkpointing else ", set `gradient_checkpointing = true`"
-        raise MemoryExhaustedError(
-            f"a step does not fit the memory of {config.device}: {str(error).splitlines()[0]} Lower "
-            f"`micro_batch_size`, then `chunk_rows`{checkpoints}; the same command goes on from the newest checkpoint"
-        ) from error
+def _remove_checkpoints(run: StageRun) -> None:
+    for folder in (*run.folder.glob("checkpoint-*"), run.folder / ".building"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -327,6 +343,10 @@ def _check_trackers(config: TrainConfig) -> None:
     for tracker in config.report_to:
         if find_spec(tracker) is None:
             raise ConfigError(f"report_to: {tracker} is not installed; `pip install {tracker}`, or leave it out")
+
+
+def _warn(message: str) -> None:
+    click.secho(f"warning: {message}", err=True, fg="yellow")
 
 
 def _refuse_several_devices(num_devices: int) -> None:

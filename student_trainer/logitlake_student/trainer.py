@@ -25,18 +25,18 @@ from typing import Any, cast
 
 import click
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from logitlake_shared.durable import replace_file
+from logitlake_shared.durable import replace_file, sync
 from logitlake_shared.errors import ConfigError, FingerprintMismatchError, TrainingError
 from logitlake_student.averages import MovingAverage
 from logitlake_student.checkpoints import first_difference, prune_checkpoints, publish_folder
 from logitlake_student.config import D2SStage, PreferenceStage, StageConfig, TrainConfig
 from logitlake_student.data import Batch, EpochOrder
+from logitlake_student.explained import writing_explained
 from logitlake_student.losses.balance import ExpertCounts, routing_statistics
 from logitlake_student.models.parts import routers, text_config
 from logitlake_student.models.routing import bias_experts
@@ -247,6 +247,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         # Of a step that was left out: null, since JSON has no word for what is not finite.
         record["grad_norm"] = logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None
         record["learning_rate"] = logs["learning_rate"]
+        if unreadable := len(self.train_dataset.unreadable):
+            record["unreadable"] = unreadable
         if self._routing is not None:
             record["experts"] = self._experts(self._routing)
             if alerts := self._alert(step, record["experts"]):
@@ -314,7 +316,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         path = self._stage_dir / METRICS
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        replace_file(path, "".join(kept).encode())
 
     # ---- checkpoints ----
 
@@ -325,17 +327,14 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         name = f"checkpoint-{self.state.global_step}"
         self._staging = self._stage_dir / ".building"
         try:
-            super()._save_checkpoint(model, trial)
-            building, self._staging = self._staging, None
-            wait_for_ranks()  # each has written its random state
-            if is_first_rank():
-                (building / name / _IDENTITY).write_text(json.dumps(self._identity), encoding="utf-8")
-                publish_folder(building / name, self._stage_dir / name)
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(
-                f"{self._stage_dir / name}: cannot be written: {error}; checkpoints before it are whole, and the same "
-                "command goes on from the newest once there is room"
-            ) from error
+            with writing_explained(self._stage_dir / name):
+                super()._save_checkpoint(model, trial)
+                building, self._staging = self._staging, None
+                wait_for_ranks()  # each has written its random state
+                if is_first_rank():
+                    sync(self._stage_dir / METRICS)  # a checkpoint never outlives the lines before it
+                    (building / name / _IDENTITY).write_text(json.dumps(self._identity), encoding="utf-8")
+                    publish_folder(building / name, self._stage_dir / name)
         finally:
             self._staging = None
         if is_first_rank():

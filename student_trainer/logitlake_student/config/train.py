@@ -26,6 +26,9 @@ class DataConfig(StrictModel):
     """split of the samples to learn from"""
     snapshot: int | None = Field(default=None, gt=0)
     """snapshot of the samples to pin; default: the newest at the first run"""
+    max_unreadable: float = Field(default=0.0, ge=0, lt=1)
+    """share of the samples (or pairs) that damaged shards may take away before a stage stops; each is left out and
+    counted. Default: the first stops it"""
 
 
 class TrainConfig(StrictModel):

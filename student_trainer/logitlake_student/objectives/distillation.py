@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from logitlake_schemas import CaptureSpec, SampledPolicy
@@ -43,7 +44,8 @@ def check_targets_fit(stage: InitStage | D2DStage | D2SStage, spec: CaptureSpec)
 
 
 class DistillationObjective:
-    """Implements `objectives.step.Objective`; an item is a response token. Logged: the divergence by its name, `ce`."""
+    """Implements `objectives.step.Objective`; an item is a response token. Logged: the divergence by its name, `ce`,
+    and `cached_mass`, the teacher's mass on the cached tokens."""
 
     needs_survey = False
 
@@ -86,7 +88,12 @@ class DistillationObjective:
             temperature=stage.temperature,
             chunk_rows=stage.chunk_rows,
         )
-        return loss_sum, {stage.divergence.type: sums.divergence_sum, "ce": sums.ce_sum}
+        cached_mass_R = -torch.expm1(teacher.log_tail_mass_R)
+        return loss_sum, {
+            stage.divergence.type: sums.divergence_sum,
+            "ce": sums.ce_sum,
+            "cached_mass": cached_mass_R.sum(),
+        }
 
 
 def _divergence(config: DivergenceConfig) -> Divergence:
