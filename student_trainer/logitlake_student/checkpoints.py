@@ -1,7 +1,7 @@
 """Checkpoints that survive SIGKILL: complete or not there.
 
 A checkpoint is written into a hidden folder, every file synced, then `digests.json` (sha256 of each file) as the last
-one, then the folder is renamed. What is found again is the newest folder whose every digest holds; anything else is
+one, then the folder is renamed; one that goes is renamed before it is removed. What is found again is the newest folder whose every digest holds; anything else is
 left alone with a warning, so that a damaged checkpoint costs the steps since the one before it and nothing more.
 """
 
@@ -65,9 +65,11 @@ def first_difference(there: dict[str, Any], here: dict[str, Any], prefix: str = 
 
 
 def prune_checkpoints(stage_dir: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    for _, folder in _numbered(stage_dir)[: -keep or None]:
+    """Removes all but the newest `keep` checkpoints, and what is left of one whose removal was cut short."""
+    for folder in stage_dir.glob(".checkpoint-*"):
         shutil.rmtree(folder)
+    for _, folder in _numbered(stage_dir)[: -keep or None]:
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}")))
 
 
 def damage(folder: Path) -> str | None:

@@ -14,6 +14,8 @@ from logitlake_student.config import TrainConfig
 __all__ = ["memory_explained", "room_explained", "writing_explained"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# What is left of an errno in torch's writer: it finds itself at another place in the file than it should be.
+_WRITER_FAILED = ("inline_container", "iostream error")
 _GO_ON = "what was saved before is whole, and the same command goes on from it once there is room"
 
 
@@ -40,8 +42,7 @@ def writing_explained(what: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{what}: cannot be written: {error}; {_GO_ON}") from error
     except RuntimeError as error:
-        # torch's own writer finds itself at another place in the file than it should be, and says only that.
-        if "inline_container" not in str(error):
+        if not any(words in str(error) for words in _WRITER_FAILED):
             raise
         raise TrainingError(f"{what}: cannot be written ({str(error).strip()}): is the disk full? {_GO_ON}") from error
 

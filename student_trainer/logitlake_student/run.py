@@ -19,7 +19,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +33,7 @@ from logitlake_shared.config import write_provenance
 from logitlake_shared.durable import publish_folder, remove_staged, replace_file
 from logitlake_shared.errors import ConfigError, FingerprintMismatchError, TrainingError
 from logitlake_shared.lake import Lake
-from logitlake_student.checkpoints import first_difference
+from logitlake_student.checkpoints import first_difference, prune_checkpoints
 from logitlake_student.config import (
     D2SStage,
     PreferenceStage,
@@ -271,8 +271,9 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
 
 
 def _remove_checkpoints(run: StageRun) -> None:
-    for folder in (*run.folder.glob("checkpoint-*"), run.folder / ".building"):
-        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # two commands may find the same stage done
+        prune_checkpoints(run.folder, keep=0)
+        shutil.rmtree(run.folder / ".building", ignore_errors=True)
 
 
 @contextmanager
@@ -341,7 +342,8 @@ def starting_model(config: TrainConfig, run: StageRun, start_dir: Path) -> Any:
 def _check_trackers(config: TrainConfig) -> None:
     """Raises `ConfigError` naming a tracker whose package is not there, before anything is written."""
     for tracker in config.report_to:
-        if find_spec(tracker) is None:
+        found = find_spec(tracker)
+        if found is None or found.origin is None:  # a folder of that name, e.g. of runs, is no package
             raise ConfigError(f"report_to: {tracker} is not installed; `pip install {tracker}`, or leave it out")
 
 

@@ -219,7 +219,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         positions = list(self._get_train_sampler())[(step - 1) * size : step * size]
         written = self._stage_dir / f"not-finite-{step}.json"
         if is_first_rank():
-            names = [_name(self.train_dataset[position]) for position in positions]
+            names = [_name(item) for item in self.train_dataset.__getitems__(positions)]
             # JSON has no word for what is not finite.
             document = {"step": step, "loss": str(loss), "grad_norm": str(norm), "samples": names}
             replace_file(written, json.dumps(document).encode() + b"\n")

@@ -116,6 +116,25 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-11", "model", ".building"}
 
 
+def test_a_removal_that_is_cut_short_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes has no name any more before its first file is gone, and the next removal takes the rest along."""
+    for step in (2, 4):
+        publish(tmp_path, step)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", interrupted)
+        prune_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert (tmp_path / ".checkpoint-2").is_dir()
+    prune_checkpoints(tmp_path, keep=1)
+    assert not (tmp_path / ".checkpoint-2").exists()
+
+
+def interrupted(folder: Path) -> None:
+    """Removes one file, and no more."""
+    (folder / "digests.json").unlink()
+    raise KeyboardInterrupt
+
+
 def test_every_file_has_a_digest(tmp_path: Path) -> None:
     """So that none can be damaged unseen."""
     folder = publish(tmp_path, 1)
