@@ -1,8 +1,9 @@
 """Checkpoints that survive SIGKILL: complete or not there.
 
 A checkpoint is written into a hidden folder, every file synced, then `digests.json` (sha256 of each file) as the last
-one, then the folder is renamed; one that goes is renamed before it is removed. What is found again is the newest folder whose every digest holds; anything else is
-left alone with a warning, so that a damaged checkpoint costs the steps since the one before it and nothing more.
+one, then the folder is renamed; one that goes is hidden again before it is removed. What is found again is the newest
+folder whose every digest holds; anything else is left alone with a warning, so that a damaged checkpoint costs the
+steps since the one before it and nothing more.
 """
 
 import hashlib
