@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from logitlake_student.config import TrainConfig
-from logitlake_student.models.experts import ExpertsImplementation, register_experts, use_experts
+from logitlake_student.models.experts import ExpertsImplementation, sorted_experts_forward, use_experts
 from logitlake_student.models.parts import decoder
 from logitlake_student.models.upcycle import upcycle
 
@@ -30,12 +30,13 @@ BF16_ATOL = 2e-2
 def experts_of(family: str) -> Any:
     """The experts of one layer, float32, of the class that a student of this family has."""
     from transformers import CONFIG_MAPPING
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
     from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
 
-    register_experts()
+    ALL_EXPERTS_FUNCTIONS.register("logitlake", sorted_experts_forward)
     classes = (Qwen2MoeExperts, Qwen3MoeExperts, MixtralExperts, Qwen3VLMoeTextExperts)
     width = "intermediate_size" if family == "mixtral" else "moe_intermediate_size"
     options = {"hidden_size": 32, width: 48, "num_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K}
@@ -118,12 +119,8 @@ def test_a_dense_student_is_left_alone(tiny_llava: Callable[..., Any], llava_bat
 
 
 def test_the_configuration_knows_the_same() -> None:
-    """The field cannot import the list: it would bring torch. Its default is what `benchmarks.moe` calls ours."""
-    from benchmarks.moe import _OURS
-
-    field = TrainConfig.model_fields["experts_implementation"]
-    assert get_args(field.annotation) == IMPLEMENTATIONS
-    assert field.default == _OURS
+    """The field cannot import the list: it would bring torch."""
+    assert get_args(TrainConfig.model_fields["experts_implementation"].annotation) == IMPLEMENTATIONS
 
 
 def test_training_multiplies_as_it_was_told(student_world: Any, metrics_of: Callable[[Path], Any]) -> None:

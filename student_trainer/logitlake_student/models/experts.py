@@ -22,23 +22,18 @@ from torch import Tensor
 
 from logitlake_student.models.parts import decoder, routers
 
-__all__ = ["ExpertsImplementation", "register_experts", "sorted_experts_forward", "use_experts"]
+__all__ = ["ExpertsImplementation", "sorted_experts_forward", "use_experts"]
 
 ExpertsImplementation = Literal["logitlake", "grouped_mm", "eager", "batched_mm"]
 
 
 def use_experts(model: Any, implementation: ExpertsImplementation) -> None:
     """Makes a sparse student's experts multiply in this way from now on; nothing to a dense one."""
-    register_experts()
-    if routers(model):
-        decoder(model).set_experts_implementation(implementation)
-
-
-def register_experts() -> None:
-    """Tells transformers of `logitlake`."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register("logitlake", sorted_experts_forward)
+    if routers(model):
+        decoder(model).set_experts_implementation(implementation)
 
 
 def sorted_experts_forward(experts: Any, hidden_NH: Tensor, ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
