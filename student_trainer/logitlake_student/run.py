@@ -322,7 +322,6 @@ def starting_model(config: TrainConfig, run: StageRun, start_dir: Path) -> Any:
     """The model a stage starts from, upcycled if the stage is dense to sparse. The same every time."""
     import torch
 
-    from logitlake_student.models.experts import use_experts
     from logitlake_student.models.load import load_student
     from logitlake_student.models.upcycle import upcycle
 
@@ -337,7 +336,6 @@ def starting_model(config: TrainConfig, run: StageRun, start_dir: Path) -> Any:
             shared_expert=run.stage.shared_expert,
             expert_noise=run.stage.expert_noise,
         )
-    use_experts(model, config.experts_implementation)
     return model.to(config.device)
 
 

@@ -51,9 +51,6 @@ class TrainConfig(StrictModel):
     optimiser state; one rank holds all of it"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of products: with `bf16` they are autocast. Weights, optimiser, losses and routers stay float32"""
-    experts_implementation: Literal["logitlake", "grouped_mm", "eager", "batched_mm"] = "logitlake"
-    """how a sparse layer's experts multiply: `logitlake` trains fastest, on CPUs and GPUs; the others are transformers'
-    own, of which `eager` also runs on GPUs before compute capability 8.0"""
     gradient_checkpointing: bool = False
     """make a layer's activations again in the backward pass instead of keeping them: less memory, a third more time"""
     report_to: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] = ()
