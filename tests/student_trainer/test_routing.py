@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ from torch import Tensor
 from logitlake_shared.errors import TrainingError
 from logitlake_student.losses.balance import load_balancing_loss
 from logitlake_student.models.parts import decoder, routers
-from logitlake_student.models.routing import RouterRecorder, compute_routers_in_float32
+from logitlake_student.models.routing import RouterRecorder, compute_routers_in_float32, float32_router_forward
 from logitlake_student.models.upcycle import upcycle
 
+FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "qwen3_vl_moe_text")
 NUM_EXPERTS, TOP_K = 4, 2
 
 # Same float32 products, recomputed by checkpointing or stacked another way.
@@ -86,13 +89,63 @@ def test_logits_without_a_forward_are_refused(sparse: Any) -> None:
         recorder.logits()
 
 
+def router_of(family: str, *, normalised: bool = True) -> Any:
+    """One router, float32, of the class that a student of this family has."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextTopKRouter
+
+    classes = (Qwen2MoeTopKRouter, Qwen3MoeTopKRouter, MixtralTopKRouter, Qwen3VLMoeTextTopKRouter)
+    options = {"hidden_size": 32, "num_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K}
+    if family in ("qwen2_moe", "qwen3_moe"):
+        options["norm_topk_prob"] = normalised
+    router = dict(zip(FAMILIES, classes, strict=True))[family](CONFIG_MAPPING[family](**options))
+    router.weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    return router
+
+
+@pytest.mark.parametrize(
+    ("family", "normalised"), [*((family, True) for family in FAMILIES), ("qwen2_moe", False), ("qwen3_moe", False)]
+)
+def test_a_float32_router_gives_what_its_class_gives(family: str, normalised: bool) -> None:
+    """Logits, weights and ids bit for bit, and the same gradients. Two of the classes may leave weights as they are."""
+    stock = router_of(family, normalised=normalised)
+    hidden_NH = torch.randn(13, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found = []
+    for forward in (stock.forward, partial(float32_router_forward, stock)):
+        logits_NE, weights_Nk, ids_Nk = forward(hidden_NH)
+        loss = (weights_Nk * torch.tensor([1.0, 3.0])).sum() + logits_NE.square().sum()
+        found.append([logits_NE, weights_Nk, ids_Nk, *torch.autograd.grad(loss, [hidden_NH, stock.weight])])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert torch.allclose(found[0][1].sum(dim=1), torch.ones(13)) == normalised
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bfloat16_router_decides_in_float32(family: str) -> None:
+    """Logits that bfloat16 would round to one are told apart, in the class of every family."""
+    router = router_of(family).bfloat16()
+    hidden_1H = torch.ones(1, 32, dtype=torch.bfloat16)
+    # Sums of 32 weights: 16, 16 + 1/32 and 0. Near 16 bfloat16 has steps of 1/8.
+    router.weight.data.zero_()
+    router.weight.data[1:3] = 0.5
+    router.weight.data[2, 0] = 0.53125
+    _, _, ids_1k = float32_router_forward(router, hidden_1H)
+    assert ids_1k.tolist() == [[2, 1]]
+    logits_1E, _, _ = router(hidden_1H)
+    assert logits_1E[0, 1] == logits_1E[0, 2]
+
+
+@pytest.mark.parametrize(("dense", "layers"), [("qwen2", "every_other"), ("qwen3", "every_other"), ("llama", "all")])
 def test_float32_routers_change_nothing_in_a_float32_model(
-    tiny_llava: Callable[..., Any], llava_batch: dict[str, Tensor], tmp_path: Any
+    dense: str, layers: Any, tiny_llava: Callable[..., Any], llava_batch: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """The replaced forward gives the stock router's numbers bit for bit."""
-    sparse = upcycle(tiny_llava(), NUM_EXPERTS, TOP_K, router_seed=3)
+    """The replaced forward gives the stock model's numbers bit for bit."""
+    sparse = upcycle(tiny_llava(dense), NUM_EXPERTS, TOP_K, layers, router_seed=3)
     sparse.save_pretrained(tmp_path)
     stock = type(sparse).from_pretrained(tmp_path).eval()
+    assert routers(stock).keys() == routers(sparse).keys()
     with torch.no_grad():
         assert torch.equal(sparse(**llava_batch).logits, stock(**llava_batch).logits)
 
