@@ -64,8 +64,6 @@ _IDENTITY = "identity.json"
 _OPTIMIZER = "optimizer.pt"
 _SCHEDULER = "scheduler.pt"
 _KEPT_CHECKPOINTS = 2
-# Of the greatest violation that there is: k experts take everything.
-_COLLAPSED = 0.9
 
 
 class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -288,13 +286,15 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _alert(self, step: int, experts: list[dict[str, Any]]) -> list[str]:
         """What is wrong with the routing, told once a stage on the terminal and in every line of metrics."""
+        assert isinstance(self._stage, D2SStage | PreferenceStage)
         alerts = []
         for place, layer in enumerate(experts):
             most = len(layer["load"]) / self.model.routing.num_experts_per_tok - 1
             if layer["dead"]:
                 alerts.append(f"sparse layer {place}: {layer['dead']} of {len(layer['load'])} experts got no token")
-            elif most and layer["max_violation"] >= _COLLAPSED * most:
-                alerts.append(f"sparse layer {place}: nearly all tokens go to the same experts")
+            elif most and layer["max_violation"] >= self._stage.alert_violation * most:
+                share = max(layer["load"]) * self.model.routing.num_experts_per_tok
+                alerts.append(f"sparse layer {place}: one expert gets {share:.0%} of the tokens")
         if alerts and not self._alerted and is_first_rank():
             self._alerted = True
             message = f"stage {self._stage.type}, step {step}: {alerts[0]}; raise `balance_weight`, or lower the "

@@ -143,6 +143,29 @@ def test_collapsed_experts_are_told(
     assert capsys.readouterr().err.count("warning: stage preference, step 1: sparse layer 0") == 1
 
 
+def test_uneven_experts_are_told_from_a_threshold_on(
+    student_world: Any, metrics_of: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    """The violation of two of four experts is 0 for an even share and 1 at most. Each line tells the layers at or above
+    `alert_violation` and no other."""
+    stage = {"type": "d2s", "steps": 3, "log_every": 1, "save_every": 3, "layers": "all", "balance_weight": 0.0}
+    told = {}
+    for threshold in (0.01, 0.2, 1.0):
+        config = student_world.train_config(
+            stage | {"alert_violation": threshold}, output=str(student_world.folder / str(threshold))
+        )
+        lines = metrics_of(student_world.train(config))
+        for line in lines:
+            expected = [
+                f"sparse layer {place}: one expert gets {2 * max(layer['load']):.0%} of the tokens"
+                for place, layer in enumerate(line["experts"])
+                if layer["max_violation"] >= threshold and not layer["dead"]
+            ]
+            assert [alert for alert in line.get("alerts", []) if "got no token" not in alert] == expected
+        told[threshold] = sum(len(line.get("alerts", [])) for line in lines)
+    assert told[0.01] > told[1.0]
+
+
 def _collapse(source: Path, folder: Path) -> None:
     """A copy of a sparse student whose routers send everything to experts 0 and 1: equal rows tie, and the first two
     are taken."""

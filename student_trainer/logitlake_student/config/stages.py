@@ -117,6 +117,9 @@ class D2SStage(_DistillationStage):
     over the last fifth of the steps; 0.001 is DeepSeek-V3's. Usually with `balance_weight = 0`; default: none"""
     capacity_factor: float | None = Field(default=None, gt=0)
     """even shares of a forward pass's tokens that an expert takes in training before it drops the rest; default: all"""
+    alert_violation: float = Field(default=0.9, gt=0, le=1)
+    """warn when a layer's busiest expert is so far from an even share (0) to all tokens (1); an expert without any is
+    always told"""
 
     @model_validator(mode="after")
     def _is_sparse(self) -> Self:
@@ -153,6 +156,9 @@ class PreferenceStage(_Stage):
     """weight of the load-balancing loss: mean over layers, frequencies of the global batch"""
     capacity_factor: float | None = Field(default=None, gt=0)
     """even shares of a forward pass's tokens that an expert takes in training before it drops the rest; default: all"""
+    alert_violation: float = Field(default=0.9, gt=0, le=1)
+    """warn when a layer's busiest expert is so far from an even share (0) to all tokens (1); an expert without any is
+    always told"""
 
 
 StageConfig = Annotated[InitStage | D2DStage | D2SStage | PreferenceStage, Field(discriminator="type")]
