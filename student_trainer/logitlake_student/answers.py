@@ -218,7 +218,8 @@ def held_out(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, advan
         )
         if logits := recorder.logits():
             tasks = [sample.task for sample in samples]
-            for task, counted in _counts_by_task(examinee.model, logits, batch["attention_mask"], tasks).items():
+            k = text_config(examinee.model).num_experts_per_tok
+            for task, counted in _counts_by_task(logits, batch["attention_mask"], tasks, k).items():
                 counts[task] = counts[task] + counted if task in counts else counted
         kl_sum += float(sums.divergence_sum)
         num_tokens += len(batch["label_ids_R"])
@@ -230,14 +231,14 @@ def held_out(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, advan
 
 
 def _counts_by_task(
-    model: Any, router_logits: Sequence[Tensor], attention_mask_BS: Tensor, tasks: Sequence[str]
+    router_logits: Sequence[Tensor], attention_mask_BS: Tensor, tasks: Sequence[str], num_experts_per_tok: int
 ) -> dict[str, ExpertCounts]:
     """Which experts the real tokens of each task's samples chose, image tokens included."""
     counts = {}
     for task in set(tasks):
         is_task_B = torch.tensor([other == task for other in tasks], device=attention_mask_BS.device)
         mask_N = (attention_mask_BS.bool() & is_task_B[:, None]).flatten()
-        counts[task] = count_experts(router_logits, mask_N, text_config(model).num_experts_per_tok)
+        counts[task] = count_experts(router_logits, mask_N, num_experts_per_tok)
     return counts
 
 

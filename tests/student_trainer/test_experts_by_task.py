@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from logitlake_shared.reader import LakeDataset
-from logitlake_student.answers import held_out, load_examinee
+from logitlake_student.answers import _counts_by_task, held_out, load_examinee
 from logitlake_student.data import SampleCollator, StudentInputs
 from logitlake_student.models.parts import decoder
 
@@ -27,6 +27,24 @@ def sparse(student_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("sparse") / "model"
     save_student(upcycle(dense, 4, 2, "all", router_seed=5), folder, files_from=student_checkpoint)
     return folder
+
+
+def test_counts_by_hand() -> None:
+    """Three samples of three positions, four experts, two a token; a dot is padding.
+
+    sample 0, caption: 0 and 1 | 0 and 1 | 0 and 2      caption: expert 0 three times + sample 2's one = 4, 1 twice,
+    sample 1, reading: 2 and 3 | 1 and 3 | .                     2 once + once = 2, 3 never
+    sample 2, caption: 0 and 2 | .       | .            reading: 0 never, 1 once, 2 once, 3 twice
+    """
+    chosen = [[(0, 1), (0, 1), (0, 2)], [(2, 3), (1, 3), (0, 1)], [(0, 2), (3, 1), (3, 1)]]
+    mask_BS = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    logits_NE = torch.zeros(9, 4)
+    for position, experts in enumerate(pair for sample in chosen for pair in sample):
+        logits_NE[position, list(experts)] = 1.0
+    counts = _counts_by_task([logits_NE], mask_BS, ["caption", "reading", "caption"], 2)
+    assert counts["caption"].assigned_LE.tolist() == [[4, 2, 2, 0]]
+    assert counts["reading"].assigned_LE.tolist() == [[0, 1, 1, 2]]
+    assert {task: int(counted.num_tokens) for task, counted in counts.items()} == {"caption": 4, "reading": 2}
 
 
 @torch.no_grad()
