@@ -4,11 +4,16 @@ Axes: N positions, E experts.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.mixtral import modeling_mixtral
+from transformers.models.qwen2_moe import modeling_qwen2_moe
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 
 from logitlake_shared.errors import DataError
 from logitlake_student.losses.balance import (
@@ -67,13 +72,18 @@ def test_counts_add_up() -> None:
     assert int(halves.num_tokens) == int(whole.num_tokens) == N
 
 
-def test_equals_transformers_on_each_layer_with_padding() -> None:
+@pytest.mark.parametrize(
+    "modelling",
+    [modeling_mixtral, modeling_qwen2_moe, modeling_qwen3_moe, modeling_qwen3_vl_moe],
+    ids=lambda m: m.__name__,
+)
+def test_equals_transformers_on_each_layer_with_padding(modelling: Any) -> None:
     """Mean over layers of transformers' one-layer loss, in value and gradient, under a padding mask."""
     layers = [random_logits(0), random_logits(1), random_logits(2)]
     mask_N = torch.arange(N) < 9
     ours = load_balancing_loss(layers, mask_N, TOP_K)
     theirs = torch.stack(
-        [load_balancing_loss_func((layer,), E, TOP_K, mask_N.view(2, N // 2)) for layer in layers]
+        [modelling.load_balancing_loss_func((layer,), E, TOP_K, mask_N.view(2, N // 2)) for layer in layers]
     ).mean()
     torch.testing.assert_close(ours, theirs, rtol=RTOL, atol=0)
     for a, b in zip(torch.autograd.grad(ours, layers), torch.autograd.grad(theirs, layers), strict=True):
@@ -98,6 +108,18 @@ def test_one_layer_does_not_hide_another() -> None:
     ours = float(load_balancing_loss([first, second], ALL_N, TOP_K))
     assert ours == pytest.approx(float(load_balancing_loss([first, first], ALL_N, TOP_K)), rel=RTOL)
     assert float(load_balancing_loss_func((first, second), E, TOP_K)) < ours
+
+
+def test_transformers_compares_the_means_of_all_layers() -> None:
+    """The relation between the two: with f and P of layer l, ours is mean_l(E sum_e f_le P_le), theirs
+    E sum_e mean_l(f_le) mean_l(P_le)."""
+    layers = [random_logits(0).detach(), random_logits(1).detach()]
+    f_LE = count_experts(layers, ALL_N, TOP_K).assigned_LE / N
+    probs_LE = torch.stack([torch.softmax(layer, dim=-1).mean(dim=0) for layer in layers])
+    ours, theirs = load_balancing_loss(layers, ALL_N, TOP_K), load_balancing_loss_func(tuple(layers), E, TOP_K)
+    torch.testing.assert_close(ours, (E * (f_LE * probs_LE).sum(dim=1)).mean(), rtol=RTOL, atol=0)
+    torch.testing.assert_close(theirs, E * (f_LE.mean(dim=0) * probs_LE.mean(dim=0)).sum(), rtol=RTOL, atol=0)
+    assert not torch.isclose(ours, theirs, rtol=RTOL)
 
 
 def test_padding_changes_nothing() -> None:
