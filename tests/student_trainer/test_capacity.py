@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from logitlake_student.models.capacity import Capacity, weights_within_capacity
+from logitlake_student.models.capacity import Capacity, fitting_choices, weights_within_capacity
+from logitlake_student.models.parts import routers
 from logitlake_student.models.routing import RouterRecorder, limit_experts
 from logitlake_student.models.upcycle import upcycle
+from logitlake_student.objectives import RoutingObjective
 
 # One division of float32.
 RTOL = 1e-6
@@ -42,7 +44,9 @@ def test_top_two_by_hand() -> None:
             [0.30, 0.20, 0.10, 0.40],
         ]
     )
-    weights_Nk, ids_Nk = choose_within_capacity(probs_NE, 2, Capacity(0.5, torch.ones(6, dtype=torch.bool)))
+    capacity = Capacity(0.5, torch.ones(6, dtype=torch.bool))
+    weights_Nk, ids_Nk = choose_within_capacity(probs_NE, 2, capacity)
+    assert fitting_choices(ids_Nk, 4, capacity).int().tolist() == [[1, 1], [1, 0], [0, 0], [1, 0], [1, 1], [1, 0]]
     assert ids_Nk.tolist() == [[0, 1], [0, 1], [0, 1], [1, 0], [2, 3], [3, 0]]
     expected_Nk = torch.tensor([[0.75, 0.25], [1, 0], [0, 0], [1, 0], [4 / 7, 3 / 7], [1, 0]])
     torch.testing.assert_close(weights_Nk, expected_Nk, rtol=RTOL, atol=0)
@@ -94,22 +98,42 @@ def test_enough_room_is_no_limit() -> None:
 
 @torch.no_grad()
 def test_only_training_drops(tiny_llava: Callable[..., Any], llava_batch: dict[str, Tensor]) -> None:
-    """In evaluation an expert takes every token; in training a full one drops, and the recorder says which."""
+    """In evaluation an expert takes every token; in training a full one drops, and as many as are told."""
     dense = tiny_llava()
     sparse = upcycle(dense, 4, 2, "all", router_seed=3)
     mask_N = llava_batch["attention_mask"].flatten().bool()
-    limit_experts(sparse, Capacity(0.5, mask_N))
+    objective = RoutingObjective(0.0, 0.0, 2, capacity_factor=0.5)
+    limit_experts(sparse, objective.capacity(mask_N))
     whole = sparse(**llava_batch).logits
     torch.testing.assert_close(whole, dense(**llava_batch).logits, rtol=0, atol=1e-4)
+    weights: list[Tensor] = []
+    hooks = [
+        router.register_forward_hook(lambda _module, _inputs, output: weights.append(output[1]))
+        for router in routers(sparse).values()
+    ]
     with RouterRecorder(sparse.train()) as recorder:
         less = sparse(**llava_batch).logits
+    for hook in hooks:
+        hook.remove()
     assert not torch.allclose(less, whole, atol=1e-2)
     places = math.ceil(0.5 * 2 * int(mask_N.sum()) / 4) * 4
-    for dropped_Nk in recorder.dropped():
-        assert int((~dropped_Nk[mask_N]).sum()) <= places
-        assert bool(dropped_Nk[mask_N].any())
+    for weights_Nk, dropped in zip(weights, objective.told(recorder, mask_N).dropped_L, strict=True):
+        assert int((weights_Nk[mask_N] == 0).sum()) == int(dropped) > 0
+        assert int((weights_Nk[mask_N] > 0).sum()) <= places
     limit_experts(sparse, None)
     torch.testing.assert_close(sparse(**llava_batch).logits, whole, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_small_weight_is_no_dropped_choice(tiny_llava: Callable[..., Any], llava_batch: dict[str, Tensor]) -> None:
+    """C9: routers so sure that the second weight is 0 in float32 drop nothing where experts take everything."""
+    sparse = upcycle(tiny_llava(), 4, 2, "all", router_seed=3).train()
+    for router in routers(sparse).values():
+        router.weight *= 1e4
+    with RouterRecorder(sparse) as recorder:
+        assert sparse(**llava_batch).logits.isfinite().all()
+    told = RoutingObjective(0.01, 0.0, 2).told(recorder, llava_batch["attention_mask"].flatten().bool())
+    assert told.dropped_L.tolist() == [0, 0, 0, 0]
 
 
 def test_faithful_drops_and_says_so(student_world: Any, metrics_of: Callable[[Path], list[dict[str, Any]]]) -> None:

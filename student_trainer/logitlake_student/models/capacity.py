@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Capacity", "weights_within_capacity"]
+__all__ = ["Capacity", "fitting_choices", "weights_within_capacity"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Capacity:
     """bool, False at padding, which takes no place"""
 
 
-def weights_within_capacity(probs_Nk: Tensor, ids_Nk: Tensor, num_experts: int, capacity: Capacity) -> Tensor:
-    """`weights_Nk` of choices and their router probabilities, first choices first: 0 where a choice was dropped."""
+def fitting_choices(ids_Nk: Tensor, num_experts: int, capacity: Capacity) -> Tensor:
+    """bool `[N, k]`: which choices, first ones first, find room in their expert. Padding always does."""
     k = ids_Nk.shape[1]
     real_N1 = capacity.token_mask_N[:, None]
     limit = math.ceil(capacity.factor * k * int(capacity.token_mask_N.sum()) / num_experts)
@@ -41,5 +41,10 @@ def weights_within_capacity(probs_Nk: Tensor, ids_Nk: Tensor, num_experts: int, 
         place_NE = queued_E + chosen_NE.cumsum(dim=0) - 1
         fits.append(place_NE.gather(1, ids_N[:, None]).squeeze(1) < limit)
         queued_E = queued_E + chosen_NE.sum(dim=0)
-    kept_Nk = probs_Nk * (torch.stack(fits, dim=1) | ~real_N1)
+    return torch.stack(fits, dim=1) | ~real_N1
+
+
+def weights_within_capacity(probs_Nk: Tensor, ids_Nk: Tensor, num_experts: int, capacity: Capacity) -> Tensor:
+    """`weights_Nk` of choices and their router probabilities, first choices first: 0 where a choice was dropped."""
+    kept_Nk = probs_Nk * fitting_choices(ids_Nk, num_experts, capacity)
     return kept_Nk / kept_Nk.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(kept_Nk.dtype).eps)

@@ -39,7 +39,6 @@ class RouterRecorder:
     def __init__(self, model: Any) -> None:
         self._routers = routers(model)
         self._logits: dict[int, Tensor] = {}
-        self._dropped: dict[int, Tensor] = {}
         self._chosen: dict[int, Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -48,7 +47,6 @@ class RouterRecorder:
 
             def keep(_module: Any, _inputs: Any, output: tuple[Tensor, ...], layer: int = layer) -> None:
                 self._logits.setdefault(layer, output[0].float())
-                self._dropped.setdefault(layer, output[1].detach().eq(0))
                 self._chosen.setdefault(layer, output[2])
 
             self._hooks.append(router.register_forward_hook(keep))
@@ -73,11 +71,6 @@ class RouterRecorder:
             )
         return [self._logits[layer] for layer in self._routers]
 
-    def dropped(self) -> list[Tensor]:
-        """bool [N, k] of each sparse layer in order: choices of an expert that was full. See `limit_experts`."""
-        self.logits()
-        return [self._dropped[layer] for layer in self._routers]
-
     def chosen(self) -> list[Tensor]:
         """int64 [N, k] of each sparse layer in order: the experts that each position was sent to."""
         self.logits()
@@ -86,7 +79,6 @@ class RouterRecorder:
     def clear(self) -> None:
         """Forgets what was recorded, for the next forward."""
         self._logits.clear()
-        self._dropped.clear()
         self._chosen.clear()
 
 

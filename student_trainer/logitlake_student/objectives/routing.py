@@ -17,7 +17,7 @@ from logitlake_student.losses.balance import (
     router_entropies,
     router_z_loss,
 )
-from logitlake_student.models.capacity import Capacity
+from logitlake_student.models.capacity import Capacity, fitting_choices
 from logitlake_student.models.routing import RouterRecorder
 
 __all__ = ["RoutingObjective", "RoutingSums"]
@@ -73,11 +73,13 @@ class RoutingObjective:
 
     def told(self, heard: RouterRecorder, token_mask_N: Tensor) -> RoutingSums:
         """What is logged of a micro-batch."""
-        return RoutingSums(
-            self.count(heard, token_mask_N),
-            router_entropies(heard.logits(), token_mask_N),
-            torch.stack([dropped_Nk[token_mask_N].sum().float() for dropped_Nk in heard.dropped()]),
-        )
+        counts, capacity = self.count(heard, token_mask_N), self.capacity(token_mask_N)
+        dropped_L = counts.assigned_LE.new_zeros(len(counts.assigned_LE))
+        if capacity is not None:
+            num_experts = counts.assigned_LE.shape[1]
+            fits = [fitting_choices(chosen_Nk, num_experts, capacity) for chosen_Nk in heard.chosen()]
+            dropped_L = torch.stack([(~fits_Nk).sum() for fits_Nk in fits]).float()
+        return RoutingSums(counts, router_entropies(heard.logits(), token_mask_N), dropped_L)
 
 
 class ExpertBias:
