@@ -173,10 +173,3 @@ def test_replacing_routers_again_is_harmless(sparse: Any, llava_batch: dict[str,
     before = sparse(**llava_batch).logits
     compute_routers_in_float32(sparse)
     assert torch.equal(sparse(**llava_batch).logits, before)
-
-
-def test_a_student_trains_with_the_grouped_product(sparse: Any) -> None:
-    """What `benchmarks.moe` calls ours is what an upcycled student multiplies with."""
-    from benchmarks.moe import _OURS
-
-    assert decoder(sparse).config._experts_implementation == _OURS
