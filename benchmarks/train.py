@@ -150,8 +150,7 @@ def _run(world: dict[str, Any], way: str, lake: str, steps: int) -> tuple[float,
     trainer_module.StageTrainer = Timed  # type: ignore[misc]  # looked up when the stage begins
     if way != "lake":
         trainer_module._objective_of = _beside_a_teacher(world["teacher"], way)
-    (run,) = run_module.plan_run(config)
-    peak = peak_mib(lambda: run_module.train_stage(config, run))
+    peak = peak_mib(lambda: list(run_module.train_run(config)))
     # The first steps warm the allocator and the kernels.
     starts, waits = [start for start, _ in moments], [done - start for start, done in moments]
     seconds = [after - before for before, after in itertools.pairwise(starts[2:])]

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from logitlake_shared.errors import MemoryExhaustedError, TrainingError
@@ -25,6 +24,8 @@ def memory_explained(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError on CUDA; on a CPU the allocator's own words
+        import torch
+
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         checkpoints = "" if config.gradient_checkpointing else ", set `gradient_checkpointing = true`"

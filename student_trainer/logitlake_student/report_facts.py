@@ -16,7 +16,7 @@ from logitlake_shared.cache_figures import CacheFigures, cache_figures
 from logitlake_shared.errors import ConfigError, DataError, FingerprintMismatchError, LakeError
 from logitlake_shared.lake import Cache, Lake
 from logitlake_student.config import STAGE_ORDER, ReportConfig
-from logitlake_student.run import DONE
+from logitlake_student.run import CACHED_MASS, DONE
 
 __all__ = ["FIGURES", "EvalResult", "Example", "Figure", "RunFacts", "StageFacts", "gather"]
 
@@ -134,6 +134,12 @@ class _Done(_Read):
     figures: _ClosingFigures
 
 
+class CachedMassOfStage(_Read):
+    """How much of the teacher the lake held when a stage began to distil from it."""
+
+    samples_by_mass: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class StageFacts:
     """A finished stage: its closing figures, its lines of metrics, its evaluation."""
@@ -142,6 +148,8 @@ class StageFacts:
     done: _Done
     metrics: list[dict[str, Any]]
     result: EvalResult
+    cached_mass: CachedMassOfStage | None
+    """none of a stage that does not distil"""
 
 
 @dataclass(frozen=True)
@@ -203,7 +211,15 @@ def _stage(config: ReportConfig, name: str, cache: Cache) -> StageFacts:
             f"{folder}: trained on a cache with fingerprint {done.identity.lake.samples}, but {config.cache!r} of "
             f"{config.lake} has {cache.fingerprint}; name the lake and cache that the run learned from"
         )
-    return StageFacts(name, done, _metrics(folder / _METRICS), _result(config, name, cache, why=f"stage {name}"))
+    mass = folder / CACHED_MASS
+    advice = "restore it, or remove it to show the report without"
+    return StageFacts(
+        name,
+        done,
+        _metrics(folder / _METRICS),
+        _result(config, name, cache, why=f"stage {name}"),
+        _parse(CachedMassOfStage, mass, advice) if mass.is_file() else None,
+    )
 
 
 def _result(config: ReportConfig, name: str, cache: Cache, *, why: str) -> EvalResult:

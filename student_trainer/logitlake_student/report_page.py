@@ -239,6 +239,22 @@ def _training(stages: Sequence[StageFacts]) -> Iterator[_Chart]:
         y_range=(0.0, 1.0),
         percent=True,
     )
+    yield from _cached_mass(stages)
+
+
+def _cached_mass(stages: Sequence[StageFacts]) -> Iterator[_Chart]:
+    """Of the last stage that distils; parts that hold no sample, from zero on, are left out."""
+    counts = next((stage.cached_mass.samples_by_mass for stage in reversed(stages) if stage.cached_mass), ())
+    first = next((place for place, count in enumerate(counts) if count), 0)
+    if counts:
+        width = 100 / len(counts)
+        names = [f"{place * width:.0f}–{(place + 1) * width:.0f}\u00a0%" for place in range(len(counts))]
+        bars = [(name, float(count)) for name, count in zip(names[first:], counts[first:], strict=True)]
+        yield _Chart(
+            "What the lake holds of the teacher",
+            "Its probability on the cached entries, on average over a sample's tokens",
+            bar_chart("What the lake holds of the teacher", bars, label="samples"),
+        )
 
 
 def _experts(stages: Sequence[StageFacts], last: Sequence[dict[str, Any]]) -> list[_Chart]:

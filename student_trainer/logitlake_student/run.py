@@ -6,6 +6,7 @@
     <output>/<stage>/done.json       written last: the same, and the closing figures
     <output>/<stage>/provenance.json resolved configuration, versions, command line
     <output>/<stage>/left-out.json   pairs that cannot be learned from, and why; where there are any
+    <output>/<stage>/cached-mass.json   how much of the teacher the lake holds, and the samples with the least
     <output>/<stage>/checkpoint-N/   while the stage runs
     <output>/snapshots.json          the snapshot of each cache that the run is pinned to
     <output>/hub.json                the revision of a student that was given by its name on the hub
@@ -40,15 +41,17 @@ from logitlake_student.config import (
     StageConfig,
     TrainConfig,
 )
+from logitlake_student.explained import memory_explained, room_explained, writing_explained
 from logitlake_student.output_lock import output_lock
 from logitlake_student.ranks import first_rank_first, is_first_rank, join_ranks, wait_for_ranks, world_size
 
-__all__ = ["StageRun", "plan_run", "train_run", "train_stage"]
+__all__ = ["StageRun", "plan_run", "train_run"]
 
 STARTED = "started.json"
 DONE = "done.json"
 SNAPSHOTS = "snapshots.json"
 LEFT_OUT = "left-out.json"
+CACHED_MASS = "cached-mass.json"
 HUB = "hub.json"
 
 
@@ -121,26 +124,22 @@ def plan_run(config: TrainConfig) -> list[StageRun]:
 
 
 def train_run(config: TrainConfig) -> Iterator[tuple[StageRun, dict[str, Any] | None]]:
-    """The stages in order, each when it is done: with its closing figures, None where it was done already."""
-    for run in plan_run(config):
-        if not run.is_done():
-            yield run, train_stage(config, run)
-            continue
-        if is_first_rank():
-            _remove_checkpoints(run)  # of a process that was killed when all else was done
-        yield run, None
+    """Trains what is left of the stages, in order, each from its newest complete checkpoint. Yields each when it is
+    done: with its closing figures, None where it was done already.
 
-
-def train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
-    """Trains one stage to its end, resuming from its newest complete checkpoint. Returns its closing figures.
-
-    Raises `ConfigError` while another process trains into the same output.
+    Raises `ConfigError` while another process trains into the same output; nobody else can begin until all is done.
     """
     _check_trackers(config)
-    from logitlake_student.explained import room_explained
-
-    with room_explained(config.output), output_lock(config.output) if is_first_rank() else nullcontext():
-        return _train_stage(config, run)
+    is_done = all(run.is_done() for run in plan_run(config))
+    lock = nullcontext() if is_done or not is_first_rank() else output_lock(config.output)
+    with room_explained(config.output), lock:
+        for run in plan_run(config):  # again: another process may have been at work until the lock was free
+            if not run.is_done():
+                yield run, _train_stage(config, run)
+                continue
+            if is_first_rank():
+                _remove_checkpoints(run)  # of a process that was killed when all else was done
+            yield run, None
 
 
 def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
@@ -148,9 +147,9 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
 
     from logitlake_shared.reader import LakeDataset, PairDataset
     from logitlake_shared.rendering import Renderer
+    from logitlake_student.cached_mass import measure_cached_mass
     from logitlake_student.checkpoints import newest_checkpoint
     from logitlake_student.data import PairCollator, ReadableItems, SampleCollator, StudentInputs, check_student_fits
-    from logitlake_student.explained import memory_explained
     from logitlake_student.model_inputs import ModelInputs
     from logitlake_student.models.assemble import save_student
     from logitlake_student.models.load import quiet_transformers
@@ -222,6 +221,8 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
             _write(run.folder / LEFT_OUT, usable.left_out)
             counts = ", ".join(f"{code} {number}" for code, number in usable.counts().items())
             _warn(f"{len(usable.left_out)} of {len(dataset)} pairs are left out ({counts}): {run.folder / LEFT_OUT}")
+        if usable is None:
+            _tell_cached_mass(run, measure_cached_mass(samples, config.data.min_cached_mass))
     wait_for_ranks()
 
     newest = newest_checkpoint(run.folder)
@@ -262,12 +263,23 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     if is_first_rank():
         building = run.folder / ".model"
         shutil.rmtree(building, ignore_errors=True)
-        save_student(model, building, files_from=start_dir, weights=weights)
-        publish_folder(building, run.model)
+        with writing_explained(run.model):
+            save_student(model, building, files_from=start_dir, weights=weights)
+            publish_folder(building, run.model)
         _write(run.folder / DONE, {"identity": run.identity, "figures": figures})
         _remove_checkpoints(run)
     wait_for_ranks()
     return figures
+
+
+def _tell_cached_mass(run: StageRun, found: Any) -> None:
+    """`found` is a `CachedMass`."""
+    _write(run.folder / CACHED_MASS, found.document())
+    if found.num_below:
+        _warn(
+            f"the lake holds less than {found.least:.0%} of the teacher's probability of {found.num_below} of "
+            f"{found.num_samples} samples: {run.folder / CACHED_MASS}; capture with more entries a token (`k_max`)"
+        )
 
 
 def _remove_checkpoints(run: StageRun) -> None:
@@ -322,6 +334,7 @@ def starting_model(config: TrainConfig, run: StageRun, start_dir: Path) -> Any:
     """The model a stage starts from, upcycled if the stage is dense to sparse. The same every time."""
     import torch
 
+    from logitlake_student.models.experts import use_experts
     from logitlake_student.models.load import load_student
     from logitlake_student.models.upcycle import upcycle
 
@@ -336,6 +349,7 @@ def starting_model(config: TrainConfig, run: StageRun, start_dir: Path) -> Any:
             shared_expert=run.stage.shared_expert,
             expert_noise=run.stage.expert_noise,
         )
+    use_experts(model, config.experts_implementation)
     return model.to(config.device)
 
 

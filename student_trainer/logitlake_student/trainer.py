@@ -162,8 +162,10 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         While a step computes, a thread reads the next one: rows, pictures, padding.
         """
 
+        read = super().get_batch_samples
+
         def fetch() -> list[Batch]:
-            batches, _ = super(StageTrainer, self).get_batch_samples(epoch_iterator, num_batches, device)
+            batches, _ = read(epoch_iterator, num_batches, device)
             return [self._prepare_inputs(batch) for batch in batches]
 
         if self._next_batches is None:

@@ -9,16 +9,17 @@ made holds none; one that was made or edited elsewhere may.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from logitlake_shared.errors import DataError, LakeCorruptError
+from logitlake_shared.errors import DataError
 from logitlake_shared.reader import PairDataset
 from logitlake_shared.reader.order import Layout
+from logitlake_student.row_scan import readable_row_groups
 
 __all__ = ["UsablePairs", "code_of"]
 
@@ -41,8 +42,8 @@ def code_of(sides: Sequence[tuple[Ids, Logprobs]], *, measured_by_teacher: bool)
 class UsablePairs:
     """The pairs of a dataset that can be learned from, as a dataset of their own.
 
-    Reads responses and logprobs of every pair once, not the images. A row group that is damaged is not judged here:
-    what becomes of it is decided when its pairs are due. Raises `DataError` where no pair can be learned from.
+    Reads responses and logprobs of every pair once, not the images. Raises `DataError` where no pair can be learned
+    from.
     """
 
     def __init__(self, dataset: PairDataset, *, measured_by_teacher: bool) -> None:
@@ -50,10 +51,9 @@ class UsablePairs:
         self.left_out: dict[str, str] = {}
         """the code of each pair that is left out, by its id"""
         is_usable_P = np.ones(len(dataset), bool)
-        for group in np.unique(layout.group_P):
-            positions = np.flatnonzero(layout.group_P == group)
-            for position, pair_id, code in _judged(dataset, positions, measured_by_teacher):
-                is_usable_P[position] = False
+        for positions, batch in readable_row_groups(dataset, _COLUMNS):
+            for place, pair_id, code in _judged(batch, measured_by_teacher):
+                is_usable_P[positions[place]] = False
                 self.left_out[pair_id] = code
         self._positions = np.flatnonzero(is_usable_P)
         if not len(self._positions):
@@ -80,22 +80,14 @@ class UsablePairs:
         return self._dataset.__getitems__(self._positions[np.asarray(positions, np.int64)])
 
 
-def _judged(
-    dataset: PairDataset, positions: npt.NDArray[np.int64], measured_by_teacher: bool
-) -> list[tuple[int, str, str]]:
-    """Position, id and code of the unusable ones among the pairs of one row group."""
-    found = []
-    try:
-        (batch,) = dataset.iter_arrow(_COLUMNS, order=positions, batch_rows=len(positions))
-    except LakeCorruptError:
-        return []
+def _judged(batch: pa.RecordBatch, measured_by_teacher: bool) -> Iterator[tuple[int, str, str]]:
+    """Row, id and code of the pairs that cannot be learned from."""
     columns = [batch.column(name) for name in _COLUMNS]
-    for row, position in enumerate(positions.tolist()):
+    for row in range(batch.num_rows):
         pair_id, chosen, rejected, *logprobs = (_value(column, row) for column in columns)
         code = code_of([(chosen, logprobs[0]), (rejected, logprobs[1])], measured_by_teacher=measured_by_teacher)
         if code is not None:
-            found.append((position, pair_id, code))
-    return found
+            yield row, pair_id, code
 
 
 def _value(column: pa.Array, row: int) -> Any:

@@ -337,13 +337,9 @@ class StudentWorld:
 
     def train(self, config: TrainConfig) -> Path:
         """Trains every stage that is not done, in this process. Returns the folder of the last."""
-        from logitlake_student.run import plan_run, train_stage
+        from logitlake_student.run import train_run
 
-        runs = plan_run(config)
-        for run in runs:
-            if not run.is_done():
-                train_stage(config, run)
-        return runs[-1].folder
+        return [run.folder for run, _ in train_run(config)][-1]
 
     def start(self, config: Path, *overrides: str) -> "subprocess.Popen[str]":
         """`logitlake-student train CONFIG OVERRIDES...` as a process of its own session."""

@@ -111,6 +111,8 @@ def _write_stage(folder: Path, stage: str, fingerprint: str) -> None:
         experts = [{"load": [0.25, 0.75], "entropy": 0.5, "dead": 0}]
         lines = [line | {"balance": 1.1, "experts": experts, "margin": 0.1, "preferred": 0.6} for line in lines]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if stage != "preference":
+        _write(folder / "cached-mass.json", {"samples_by_mass": [0] * 18 + [3, 1]})
 
 
 def _evaluation(name: str, fingerprint: str, root: Path) -> dict[str, Any]:
@@ -146,6 +148,16 @@ def test_the_page_shows_which_experts_serve_which_task(make_run: Callable[..., R
     assert "Experts by task, sparse layer 1" in page
     assert "caption, expert 1: 90" in page
     assert "reading, expert 2: 70" in page
+
+
+def test_the_page_shows_how_much_of_the_teacher_the_lake_holds(make_run: Callable[..., ReportConfig]) -> None:
+    """C8: from the first part that holds a sample to the last."""
+    config = make_run()
+    write_report(config)
+    page = config.html.read_text(encoding="utf-8")
+    assert "What the lake holds of the teacher" in page
+    assert page.index("90–95") < page.index("95–100")
+    assert "85–90" not in page
 
 
 def test_summary_has_exactly_the_promised_shape(make_run: Callable[..., ReportConfig]) -> None:

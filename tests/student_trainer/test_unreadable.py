@@ -1,5 +1,6 @@
 """C5 and C8: shards that go bad in the middle of an epoch, and how much of the teacher the lake holds."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -84,3 +85,37 @@ def test_the_cached_mass_is_told(student_world: Any, metrics_of: Metrics, tmp_pa
         tails = np.concatenate([dataset[place].rows.log_tail_mass_T for place in range(len(dataset))])
         assert line["cached_mass"] == pytest.approx(float(np.mean(1 - np.exp(tails))), abs=TOLERANCE * 100)
     assert line["cached_mass"] < 0.9
+
+
+def test_samples_of_which_little_is_cached_are_told_by_name(
+    student_world: Any, tmp_path: Path, capture_samples: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """C8: before the first step; those below the threshold, the least first, with what the lake's own rows say."""
+    lake = tmp_path / "few"
+    capture_samples(lake, "main", codec={"k_max": 2, "p_min": 0.0, "grid": "exact", "max_mean_kl": 1.0})
+    dataset = LakeDataset(lake, "main", split="train")
+    samples = [dataset[place] for place in range(len(dataset))]
+    masses = {s.sample_id: float(np.mean(1 - np.exp(s.rows.log_tail_mass_T.astype(np.float64)))) for s in samples}
+    ascending = sorted(masses, key=lambda sample_id: masses[sample_id])
+    threshold = (masses[ascending[2]] + masses[ascending[3]]) / 2
+
+    capsys.readouterr()
+    data = {"lake": str(lake), "samples": "main", "min_cached_mass": threshold}
+    document = student_world.document(D2D | {"steps": 1}) | {"data": data}
+    folder = student_world.train(TrainConfig.model_validate(document))
+    told = json.loads((folder / "cached-mass.json").read_text())
+    assert list(told["lowest"]) == ascending[:3]
+    assert told["lowest"] == pytest.approx({sample_id: masses[sample_id] for sample_id in ascending[:3]}, abs=TOLERANCE)
+    assert (told["num_below"], told["num_samples"]) == (3, NUM_GOOD)
+    bins = np.histogram(list(masses.values()), len(told["samples_by_mass"]), (0, 1))[0]
+    assert told["samples_by_mass"] == bins.tolist()
+    err = capsys.readouterr().err
+    assert "of 3 of 13 samples" in err
+    assert str(folder / "cached-mass.json") in err
+
+
+def test_a_lake_that_holds_enough_is_not_warned_of(student_world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    folder = student_world.train(student_world.train_config(D2D | {"steps": 1}))
+    assert json.loads((folder / "cached-mass.json").read_text())["num_below"] == 0
+    assert "cached-mass" not in capsys.readouterr().err

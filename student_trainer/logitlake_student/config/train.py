@@ -29,6 +29,9 @@ class DataConfig(StrictModel):
     max_unreadable: float = Field(default=0.0, ge=0, lt=1)
     """share of the samples (or pairs) that damaged shards may take away before a stage stops; each is left out and
     counted. Default: the first stops it"""
+    min_cached_mass: float = Field(default=0.5, ge=0, lt=1)
+    """samples of which the lake holds a smaller share of the teacher's probability, on average over response tokens,
+    are told before a stage distils from them, and learned from all the same"""
 
 
 class TrainConfig(StrictModel):
@@ -51,6 +54,9 @@ class TrainConfig(StrictModel):
     optimiser state; one rank holds all of it"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of products: with `bf16` they are autocast. Weights, optimiser, losses and routers stay float32"""
+    experts_implementation: Literal["logitlake", "grouped_mm", "eager", "batched_mm"] = "logitlake"
+    """how a sparse layer's experts multiply: `logitlake` follows `precision` and was the fastest on CPUs; the others
+    are transformers' own, of which `eager` also runs on GPUs before compute capability 8.0"""
     gradient_checkpointing: bool = False
     """make a layer's activations again in the backward pass instead of keeping them: less memory, a third more time"""
     report_to: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] = ()
