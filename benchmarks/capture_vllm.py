@@ -50,6 +50,7 @@ def _routes(
         {
             "bare": lambda: _bare(engine, requests),
             "A": lambda: engine.score_by(requests, "prompt_logprobs"),
+            "vLLM of A": lambda: _bare(engine, requests, prompt_logprobs=K),
             "C": lambda: engine.score_by(requests, "span_hook"),
             "rows of A": lambda: head(num_positions),
             "rows of C": lambda: head(num_responses),
@@ -65,14 +66,18 @@ def _routes(
         share = median(shares)
         figures.append(Figure(f"{name}: bound / {title}", share, "x", ">= 0.9", share >= 0.9))
         figures.append(Figure(f"{name}: {title}", num_positions / median(seconds[route]), "positions / s"))
-    ratio = median([a / c for a, c in zip(seconds["A"], seconds["C"], strict=True)])
-    return [*figures, Figure(f"{name}: C over A", ratio, "x")]
+    for title, part, whole in (("C over A", "A", "C"), ("A, share of vLLM's own calls", "vLLM of A", "A")):
+        ratio = median([a / b for a, b in zip(seconds[part], seconds[whole], strict=True)])
+        figures.append(Figure(f"{name}: {title}", ratio, "x"))
+    return figures
 
 
-def _bare(engine: VllmEngine, requests: Sequence[ScoreRequest]) -> None:
-    """The same prompts through the same engine, nothing asked for."""
+def _bare(engine: VllmEngine, requests: Sequence[ScoreRequest], prompt_logprobs: int | None = None) -> None:
+    """The same prompts through the same engine, nothing asked for, or nothing done with what is."""
     prompts = [prompt.prompt for prompt in engine._prepare_all(requests, [None] * len(requests))]
-    params = sampling_params(max_tokens=1, temperature=0.0, skip_reading_prefix_cache=True)
+    params = sampling_params(
+        max_tokens=1, temperature=0.0, skip_reading_prefix_cache=True, prompt_logprobs=prompt_logprobs
+    )
     engine._frontend.run("score", prompts, [params] * len(prompts))
 
 

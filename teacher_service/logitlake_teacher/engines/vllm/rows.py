@@ -7,7 +7,6 @@ array that no Python loop touches on its way.
 Axes: T response tokens, K captured entries, X other temperatures.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,15 +76,21 @@ def rows_of_flat(
     k: int,
     vocab_size: int,
     label_ids_T: NDArray[np.int32],
-    positions_T: NDArray[np.int64] | slice = slice(None),
+    positions_T: NDArray[np.int64] | None = None,
 ) -> TeacherRows:
-    """`positions_T` of vLLM's flat lists, k + 1 entries a position: the actual token, then ranks 1 to k.
+    """`positions_T` (rising; None: all) of vLLM's flat lists, k + 1 entries a position: the actual token, then ranks
+    1 to k.
 
     The tail is one minus the head: see `LOG_TAIL_FLOOR`.
     """
-    ids = _table(flat.token_ids, np.int32, k)[positions_T]
-    logprobs = _table(flat.logprobs, np.float32, k)[positions_T]
-    ranks_T = _table(flat.ranks, np.int32, k)[positions_T, 0]
+    if positions_T is None:
+        positions_T = np.arange(len(flat.ranks) // (k + 1))
+    first, stop = (positions_T[0], positions_T[-1] + 1) if len(positions_T) else (0, 0)
+    entries, rows_T = slice(first * (k + 1), stop * (k + 1)), positions_T - first
+    # Lists become arrays entry by entry, so only what is wanted of them does: of the ranks, one a position.
+    ids = np.asarray(flat.token_ids[entries], np.int32).reshape(-1, k + 1)[rows_T]
+    logprobs = np.asarray(flat.logprobs[entries], np.float32).reshape(-1, k + 1)[rows_T]
+    ranks_T = np.asarray(flat.ranks[entries.start : entries.stop : k + 1], np.int32)[rows_T]
     topk_ids_TK, topk_logprobs_TK = ids[:, 1:], logprobs[:, 1:]
     return TeacherRows(
         topk_ids_TK=topk_ids_TK,
@@ -94,10 +99,6 @@ def rows_of_flat(
         label_rank_T=agree_label_ranks(topk_ids_TK, label_ids_T, ranks_T),
         log_tail_mass_T=_log_tail(topk_logprobs_TK, vocab_size),
     )
-
-
-def _table(values: Sequence[Any], dtype: Any, k: int) -> NDArray[Any]:
-    return np.asarray(values, dtype=dtype).reshape(-1, k + 1)
 
 
 def _log_tail(topk_logprobs_TK: NDArray[np.float32], vocab_size: int) -> NDArray[np.float32]:
