@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
+from urllib.parse import urlsplit
 
 import obstore
 import pyarrow as pa
@@ -29,13 +30,19 @@ from obstore.store import AzureStore, GCSStore, HTTPStore, LocalStore, MemorySto
 from logitlake_shared.durable import create_file, replace_file
 from logitlake_shared.errors import LakeError
 
-__all__ = ["ObjectStore", "StoredObject", "memory_store", "open_store"]
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig
+
+__all__ = ["TOKEN_VARIABLE", "ObjectStore", "StoredObject", "memory_store", "open_store"]
 
 Backend = AzureStore | GCSStore | HTTPStore | LocalStore | MemoryStore | S3Store
 
 # A request that conflicts with another one is over in some ten milliseconds.
 _CONFLICT_ATTEMPTS = 5
 _CONFLICT_WAIT_S = 0.05
+# What opens a lake that a service hands out.
+TOKEN_VARIABLE = "LOGITLAKE_TOKEN"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # How a local file is named while it is written; obstore does the same and never lists one.
 _STAGED = re.compile(r"#\d+$")
 
@@ -53,11 +60,13 @@ class StoredObject:
 class ObjectStore:
     """Named immutable objects below one root. Names are relative, with `/` between parts."""
 
-    def __init__(self, uri: str, backend: Backend, root: Path | None) -> None:
+    def __init__(self, uri: str, backend: Backend, root: Path | None, listed_under: str = "") -> None:
         self.uri = uri
         self.root = root
         """the folder, where the store is a local one"""
         self._backend = backend
+        # obstore lists a server's objects by their whole path, and takes names without what its address ends in.
+        self._listed_under = listed_under
 
     def put_new(self, name: str, data: bytes) -> bool:
         """Creates the object durably and returns True; returns False, changing nothing, when the name is taken."""
@@ -136,7 +145,8 @@ class ObjectStore:
     def folders(self, prefix: str) -> list[str]:
         """The folders directly below the folder `prefix`, sorted, as names; does not list what is in them."""
         try:
-            return sorted(obstore.list_with_delimiter(self._backend, prefix)["common_prefixes"])
+            listed = obstore.list_with_delimiter(self._backend, prefix)["common_prefixes"]
+            return sorted(name for name in map(self._name, listed) if name.startswith(f"{prefix}/"))
         except Exception as error:
             raise LakeError(f"{self.uri}: listing {prefix} failed: {error}") from error
 
@@ -172,10 +182,14 @@ class ObjectStore:
             "writer may hold it: try again"
         )
 
+    def _name(self, listed: str) -> str:
+        return listed.removeprefix(self._listed_under)
+
     def _entries(self, prefix: str) -> Iterator[StoredObject]:
         try:
             for page in obstore.list(self._backend, prefix=prefix):
-                yield from (StoredObject(entry["path"], entry["size"], entry["last_modified"]) for entry in page)
+                for entry in page:
+                    yield StoredObject(self._name(entry["path"]), entry["size"], entry["last_modified"])
         except Exception as error:
             raise LakeError(f"{self.uri}: listing {prefix} failed: {error}") from error
 
@@ -220,9 +234,12 @@ class _RemoteFile(io.RawIOBase):
 def open_store(uri: str | Path) -> ObjectStore:
     """The store at `uri`: a folder, `s3://bucket/prefix`, `gs://…`, `az://…`; credentials come from the environment.
 
-    A folder is created when it does not exist.
+    `https://host/v1/files` is a lake that a LogitLake service hands out, to be read only; the environment's
+    `LOGITLAKE_TOKEN` opens it. A folder is created when it does not exist.
     """
     text = str(uri)
+    if text.startswith(("http://", "https://")):
+        return _served_store(text)
     if "://" in text and not text.startswith("file://"):
         try:
             return ObjectStore(text, from_url(text), None)
@@ -234,6 +251,24 @@ def open_store(uri: str | Path) -> ObjectStore:
         return ObjectStore(text, LocalStore(prefix=root), root)
     except OSError as error:
         raise LakeError(f"{text}: cannot be opened as a folder: {error}") from error
+
+
+def _served_store(url: str) -> ObjectStore:
+    address = urlsplit(url)
+    options: ClientConfig = {"allow_http": address.scheme == "http"}
+    if token := os.environ.get(TOKEN_VARIABLE):
+        if address.scheme == "http" and address.hostname not in _LOOPBACK:
+            raise LakeError(
+                f"{url}: {TOKEN_VARIABLE} is set, and would be sent unencrypted; use an https:// address, or a tunnel "
+                "to 127.0.0.1"
+            )
+        options["default_headers"] = {"authorization": f"Bearer {token}"}
+    try:
+        store = HTTPStore(url, client_options=options)
+    except Exception as error:
+        raise LakeError(f"{url}: cannot be opened: {error}") from error
+    path = address.path.strip("/")
+    return ObjectStore(url, store, None, listed_under=f"{path}/" if path else "")
 
 
 def memory_store() -> ObjectStore:

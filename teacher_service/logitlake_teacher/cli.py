@@ -1,4 +1,4 @@
-"""`logitlake-teacher`: plan, capture, pairs.
+"""`logitlake-teacher`: plan, capture, pairs; jobs, serve and token have files of their own.
 
 Each command takes a TOML file and `section.key=value` overrides. A command can be killed at any time and run again:
 it goes on with the units that have no commit record. Everything heavy is imported inside the commands.
@@ -14,6 +14,7 @@ import click
 
 from logitlake_shared.cli_support import config_command, progress, run_cli
 from logitlake_teacher.jobs_cli import jobs
+from logitlake_teacher.serve_cli import serve, token
 
 if TYPE_CHECKING:
     from logitlake_schemas import CommitRecord
@@ -29,7 +30,8 @@ def cli() -> None:
     """Let a teacher say what it knows, once, into a lake."""
 
 
-cli.add_command(jobs)
+for command in (jobs, serve, token):
+    cli.add_command(command)
 
 _FLAGS = {
     "--limit": ("plan.limit", "Take this many records from the top of the data."),

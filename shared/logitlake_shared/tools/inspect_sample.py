@@ -29,6 +29,7 @@ __all__ = [
     "SampleView",
     "TokenView",
     "find_sample",
+    "stored_images",
     "view_sample",
 ]
 
@@ -230,21 +231,24 @@ def _response(name: str, tokens: Sequence[TokenView], rating: float | None = Non
     return Response(name, sum(token.logprob for token in tokens), tuple(tokens), rating)
 
 
-def _images(found: FoundSample, digests: Sequence[str], save_to: Path | None) -> tuple[ImageView, ...]:
-    if not digests:
-        return ()
+def stored_images(found: FoundSample, digests: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The rows of these images in the sample's unit, by sha256: format, size, encoded bytes. Raises `DataError`."""
     stored: dict[str, dict[str, Any]] = {}
     for entry in found.commit.shards:
-        if entry.kind == "images":
+        if entry.kind == "images" and digests:
             table = found.cache.read(entry)
             wanted = table.filter(pc.is_in(table.column("image_sha256"), pa.array(sorted(set(digests)))))
             stored |= {record["image_sha256"]: record for record in wanted.to_pylist()}
-    views = []
+    if missing := sorted(set(digests) - stored.keys()):
+        raise DataError(
+            f"{found.place.entry.path}: names image {missing[0]}, which its unit does not hold; run `logitlake verify`"
+        )
+    return stored
+
+
+def _images(found: FoundSample, digests: Sequence[str], save_to: Path | None) -> tuple[ImageView, ...]:
+    stored, views = stored_images(found, digests), []
     for digest in digests:
-        if digest not in stored:
-            raise DataError(
-                f"{found.place.entry.path}: names image {digest}, which its unit does not hold; run `logitlake verify`"
-            )
         record = stored[digest]
         saved = None if save_to is None else _save(record, save_to)
         views.append(ImageView(digest, record["format"], record["width"], record["height"], len(record["data"]), saved))

@@ -1,0 +1,79 @@
+"""How much a service takes at once: bytes of a body, requests of one principal, requests of all."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope
+
+from logitlake_shared.web.problems import Problem
+from logitlake_shared.web.settings import ServiceSettings
+
+__all__ = ["Limits"]
+
+# At once, of what may be asked for in a minute.
+_BURST = 0.1
+# Principals that are remembered; one that is forgotten starts with a full bucket.
+_MOST_PRINCIPALS = 10_000
+
+
+class Limits:
+    """One service's; used on its event loop alone."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self._settings = settings
+        self._rate = settings.requests_per_minute / 60
+        self._burst = max(1.0, settings.requests_per_minute * _BURST)
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        """of each principal: requests left, and when that was so"""
+        self.under_way = 0
+        """requests being answered"""
+
+    @contextmanager
+    def request(self, principal: str) -> Iterator[None]:
+        """Around the answer to one request. Raises `Problem` `too_many_requests`."""
+        if self.under_way >= self._settings.max_concurrent:
+            raise _too_many(f"{self.under_way} requests are under way, `max_concurrent` is as many", 1.0)
+        now = time.monotonic()
+        left, since = self._buckets.pop(principal, (self._burst, now))
+        left = min(self._burst, left + (now - since) * self._rate)
+        self._buckets[principal] = (max(0.0, left - 1), now) if left >= 1 else (left, now)
+        if len(self._buckets) > _MOST_PRINCIPALS:
+            self._buckets.popitem(last=False)
+        if left < 1:
+            detail = f"more than {self._settings.requests_per_minute} requests a minute, {self._burst:.0f} at once"
+            raise _too_many(detail, (1 - left) / self._rate)
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+
+    def bounded(self, scope: Scope, receive: Receive) -> Receive:
+        """`receive`, of a body that is counted while it comes. Raises `Problem` `body_too_large`, at once where the
+        request says so itself."""
+        most = self._settings.max_body_bytes
+        told = Headers(scope=scope).get("content-length", "0")
+        if told.isdecimal() and int(told) > most:
+            raise _too_large(most)
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > most:
+                raise _too_large(most)
+            return message
+
+        return counted
+
+
+def _too_large(most: int) -> Problem:
+    return Problem("body_too_large", f"a body may have {most:,} bytes")
+
+
+def _too_many(detail: str, wait_s: float) -> Problem:
+    return Problem("too_many_requests", detail, headers={"Retry-After": str(max(1, round(wait_s + 0.5)))})

@@ -1,0 +1,30 @@
+"""The application of the teacher service: a lake's caches and files, for those who may see them."""
+
+from fastapi import FastAPI
+
+from logitlake_shared.errors import LogitLakeError
+from logitlake_shared.lake import Lake
+from logitlake_shared.web.app import make_app
+from logitlake_teacher.api.caches import cache_routes
+from logitlake_teacher.api.files import files_route
+from logitlake_teacher.config.serve import ServeConfig
+
+__all__ = ["teacher_app"]
+
+
+def teacher_app(config: ServeConfig) -> FastAPI:
+    """The application over the lake that is there. Raises `ConfigError` and `LakeError`."""
+    lake = Lake.open(config.lake)
+
+    def lake_is_there() -> str | None:
+        try:
+            Lake.of(lake.store)
+        except LogitLakeError as error:
+            return str(error)
+        return None
+
+    app = make_app("teacher", config.service, [cache_routes()], {"lake": lake_is_there})
+    app.state.lake = lake
+    app.state.tokenizer = config.tokenizer
+    app.router.routes.append(files_route(lake.store))
+    return app

@@ -1,0 +1,35 @@
+"""The teacher service over a small lake."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.served import served
+from tests.shared.conftest import small_lake
+
+from logitlake_shared.web.tokens import TokenStore
+from logitlake_teacher.api.app import teacher_app
+from logitlake_teacher.config.serve import ServeConfig
+
+__all__ = ["small_lake"]
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> TokenStore:
+    """The service's tokens: none yet."""
+    return TokenStore(tmp_path / "tokens.sqlite")
+
+
+@pytest.fixture
+def teacher(small_lake: Path, tmp_path: Path, tokens: TokenStore) -> Iterator[Callable[..., tuple[Any, str]]]:
+    """`teacher(max_concurrent=1)`: the application over the small lake with these settings, and its address."""
+    with ExitStack() as stack:
+
+        def start(**settings: Any) -> tuple[Any, str]:
+            service = {"tokens": tmp_path / "tokens.sqlite"} | settings
+            app = teacher_app(ServeConfig.model_validate({"lake": str(small_lake), "service": service}))
+            return app, stack.enter_context(served(app))
+
+        yield start

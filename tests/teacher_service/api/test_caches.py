@@ -1,0 +1,200 @@
+"""The lake over HTTP: what is shown is what the lake says, page by page, to those whose token covers it."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.routing import APIRoute
+from starlette.routing import Route
+
+from logitlake_schemas import UnitError
+from logitlake_shared.cache_figures import cache_figures
+from logitlake_shared.catalog import publish_catalog
+from logitlake_shared.lake import Lake
+from logitlake_shared.reader import LakeDataset
+from logitlake_shared.web.tokens import TokenStore
+
+Teacher = Callable[..., tuple[Any, str]]
+OPEN = {"/livez", "/readyz"}
+# What tells of no cache in particular.
+OF_NO_CACHE = {"/openapi.json", "/metrics", "/v1/caches", "/v1/files/{path:path}"}
+
+
+def every_item(client: httpx.Client, path: str, limit: int, **query: Any) -> list[Any]:
+    """A list, read to its end."""
+    items: list[Any] = []
+    cursor: str | None = None
+    while True:
+        asked = query | {"limit": limit} | ({} if cursor is None else {"cursor": cursor})
+        page = client.get(path, params=asked).json()
+        items += page["data"]
+        assert len(page["data"]) <= limit
+        cursor = page["next_cursor"]
+        if not page["has_more"]:
+            assert cursor is None
+            return items
+
+
+@pytest.fixture
+def client(teacher: Teacher) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=teacher()[1]) as client:
+        yield client
+
+
+def test_caches_are_those_of_the_lake(client: httpx.Client, small_lake: Path) -> None:
+    lake = Lake.open(small_lake)
+    caches = every_item(client, "/v1/caches", limit=1)
+    assert [cache["name"] for cache in caches] == lake.cache_names()
+    for told in caches:
+        cache = lake.cache(told["name"])
+        figures = cache_figures(cache, cache.open_snapshot())
+        assert told["fingerprint"] == cache.fingerprint
+        assert told["snapshot"] == 1
+        assert (told["figures"]["rows"], told["figures"]["bytes"]) == (figures.rows, figures.bytes)
+        assert told == client.get(f"/v1/caches/{told['name']}").json()
+
+
+def test_a_cache_without_a_snapshot_has_no_figures(client: httpx.Client, small_lake: Path) -> None:
+    lake = Lake.open(small_lake)
+    lake.create_cache("empty", lake.cache("main").spec)
+    told = client.get("/v1/caches/empty").json()
+    assert told["snapshot"] is told["figures"] is None
+    assert client.get("/v1/caches/empty/snapshots/1").status_code == 404
+    assert client.get("/v1/caches/empty/errors").json()["data"] == []
+
+
+def test_files_have_the_bytes_that_were_committed(client: httpx.Client, small_lake: Path) -> None:
+    """All of a snapshot's, with sha256 and length, whole and by range."""
+    commits = Lake.open(small_lake).cache("main").open_snapshot().commits
+    files = every_item(client, "/v1/caches/main/snapshots/1/files", limit=2)
+    assert {file["path"] for file in files} == {entry.path for commit in commits for entry in commit.shards}
+    for file in files:
+        data = client.get(file["url"]).content
+        assert len(data) == file["bytes"]
+        assert hashlib.sha256(data).hexdigest() == file["sha256"]
+        part = client.get(file["url"], headers={"range": "bytes=4-9"})
+        assert (part.status_code, part.content) == (206, data[4:10])
+
+
+def test_a_sample_is_shown_token_by_token_with_its_image(client: httpx.Client, small_lake: Path) -> None:
+    sample = LakeDataset(small_lake, "main")[2]
+    told = client.get(f"/v1/caches/main/samples/{sample.sample_id}", params={"top": 3}).json()
+    (response,) = told["responses"]
+    assert [token["token_id"] for token in response["tokens"]] == sample.response_ids.tolist()
+    assert [token["logprob"] for token in response["tokens"]] == pytest.approx(sample.rows.label_logprob_T.tolist())
+    assert all(len(token["alternatives"]) <= 3 for token in response["tokens"])
+    (image,) = told["images"]
+    shown = client.get(image["url"])
+    assert shown.content == sample.images[0]
+    assert shown.headers["content-type"] == "image/png"
+    assert "saved_to" not in image
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/caches/nope",
+        "/v1/caches/..",
+        "/v1/caches/main/snapshots/2",
+        "/v1/caches/main/snapshots/2/files",
+        "/v1/caches/main/samples/nope",
+        "/v1/caches/main/samples/a%00b",
+        "/v1/caches/main/samples/" + "x" * 3000,
+        f"/v1/caches/main/images/{'0' * 64}?sample_id=sample-0010",
+        "/v1/nothing",
+    ],
+)
+def test_what_is_not_there_is_not_found(client: httpx.Client, path: str) -> None:
+    answer = client.get(path)
+    assert answer.json()["code"] == "not_found"
+    assert answer.status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/caches?limit=0",
+        "/v1/caches?limit=201",
+        "/v1/caches?cursor=x",
+        "/v1/caches/main/snapshots/0",
+        "/v1/caches/main/snapshots/x",
+        "/v1/caches/main/samples/sample-0010?top=0",
+        "/v1/caches/main/images/xyz?sample_id=sample-0010",
+        f"/v1/caches/{'c' * 101}",
+    ],
+)
+def test_what_cannot_be_asked_is_explained(client: httpx.Client, path: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code == 422
+    assert answer.json()["errors"]
+
+
+def test_errors_are_listed_by_code(client: httpx.Client, small_lake: Path, make_unit: Callable[..., Any]) -> None:
+    cache = Lake.open(small_lake).cache("main")
+    failed = [UnitError(sample_id=f"bad-{number}", code=code, message="gone") for number, code in enumerate("aabab")]
+    cache.publish_unit(replace(make_unit(9), errors=failed))
+    cache.snapshot()
+    assert len(every_item(client, "/v1/caches/main/errors", limit=2)) == 5
+    some = every_item(client, "/v1/caches/main/errors", limit=2, code="a")
+    assert [error["sample_id"] for error in some] == ["bad-0", "bad-1", "bad-3"]
+
+
+def gets(app: Any) -> list[str]:
+    """Every route of the application that can be asked for."""
+    return [route.path for route in app.routes if isinstance(route, APIRoute | Route)]
+
+
+def filled(path: str, cache: str) -> str:
+    values = {"{cache}": cache, "{number}": "1", "{sample_id:path}": "sample-0010", "{sha256}": "0" * 64}
+    values["{path:path}"] = f"caches/{cache}/spec.json"
+    for name, value in values.items():
+        path = path.replace(name, value)
+    assert "{" not in path
+    return path
+
+
+def test_every_route_is_behind_the_door(teacher: Teacher, tokens: TokenStore, small_lake: Path) -> None:
+    """The matrix, from the routes themselves: a route that is added without a thought is refused or covered here."""
+    publish_catalog(Lake.open(small_lake))
+    app, url = teacher()
+    of_main, _ = tokens.create("main", "read", ("main",))
+    of_pairs, _ = tokens.create("pairs", "read", ("pairs",))
+    of_nothing, _ = tokens.create("nothing", "admin", ("nothing",))
+
+    def ask(path: str, token: str | None) -> int:
+        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        return httpx.get(f"{url}{path}", headers=headers, params={"sample_id": "sample-0010"}).status_code
+
+    for route in gets(app):
+        path = filled(route, "main")
+        if route in OPEN:
+            assert ask(path, None) == 200
+            continue
+        assert ask(path, None) == 401, route
+        if route not in OF_NO_CACHE or "path" in route:
+            assert "{" in route, f"{route} tells of no cache: say so in OF_NO_CACHE, and see that it may"
+            for token in (of_pairs, of_nothing):
+                assert ask(path, token) == 404, route
+            assert ask(path, of_main) in (200, 404), route
+    assert ask("/v1/files/catalog/catalog-00000001.duckdb", of_main) == 404
+    assert ask("/metrics", of_main) == 404
+    for token, names in ((of_main, ["main"]), (of_pairs, ["pairs"]), (of_nothing, [])):
+        answer = httpx.get(f"{url}/v1/caches", headers={"authorization": f"Bearer {token}"})
+        assert [cache["name"] for cache in answer.json()["data"]] == names
+
+
+def test_a_cache_that_is_foreign_is_as_one_that_is_not_there(teacher: Teacher, tokens: TokenStore) -> None:
+    """Word for word, but for its name."""
+    _, url = teacher()
+    text, _ = tokens.create("main", "read", ("main",))
+    foreign, missing = (
+        httpx.get(f"{url}/v1/caches/{name}", headers={"authorization": f"Bearer {text}"}).json()
+        for name in ("pairs", "nopes")
+    )
+    for answer in (foreign, missing):
+        del answer["request_id"]
+    assert foreign == {**missing, "detail": missing["detail"].replace("nopes", "pairs")}
