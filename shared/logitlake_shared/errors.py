@@ -10,6 +10,13 @@
     │   ├── LakeConflictError             somebody else committed something different
     │   ├── FingerprintMismatchError      two things that do not belong together
     │   └── QueryError (ValueError)       a SQL question that cannot be answered
+    │       ├── QueryRefusedError         the gate does not let it through
+    │       ├── QueryTimeoutError         not answered by its deadline
+    │       ├── QueryMemoryError          it needs more memory than a question may have
+    │       ├── QueryTooLargeError        not even one row of its answer fits the limit
+    │       ├── QueryCancelledError       somebody cancelled it
+    │       ├── QueryBusyError            too many questions wait already
+    │       └── QueryCrashedError         the process that was to answer it ended
     ├── EngineError (RuntimeError)        a teacher engine
     ├── JobError (RuntimeError)           a job on a Ray cluster, or the cluster's Jobs API
     ├── TrainingError (RuntimeError)      the student trainer
@@ -36,7 +43,14 @@ __all__ = [
     "LakeFormatError",
     "LogitLakeError",
     "MemoryExhaustedError",
+    "QueryBusyError",
+    "QueryCancelledError",
+    "QueryCrashedError",
     "QueryError",
+    "QueryMemoryError",
+    "QueryRefusedError",
+    "QueryTimeoutError",
+    "QueryTooLargeError",
     "TrainingError",
 ]
 
@@ -82,6 +96,37 @@ class FingerprintMismatchError(LakeError):
 
 class QueryError(LakeError, ValueError):
     """A SQL statement that failed or is not allowed."""
+
+
+class QueryRefusedError(QueryError):
+    """A question of a kind that is not answered. The message names the part of it that is not allowed."""
+
+
+class QueryTimeoutError(QueryError):
+    """A question that was not answered, or whose answer was not read, by its deadline."""
+
+
+class QueryMemoryError(QueryError):
+    """A question that needs more memory than one may have."""
+
+
+class QueryTooLargeError(QueryError):
+    """An answer of which not even the first row fits the limit of bytes."""
+
+
+class QueryCancelledError(QueryError):
+    """A question that was cancelled."""
+
+
+class QueryBusyError(QueryError):
+    """A question that was not begun: as many as may run do run, and as many as may wait wait."""
+
+    retry_after_s: int = 1
+    """when it is worth asking again"""
+
+
+class QueryCrashedError(QueryError):
+    """A question whose process ended without an answer: it crashed, or somebody killed it."""
 
 
 class EngineError(LogitLakeError, RuntimeError):

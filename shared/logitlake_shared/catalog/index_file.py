@@ -28,7 +28,16 @@ from logitlake_shared.catalog.tables import (
 from logitlake_shared.errors import LakeError
 from logitlake_shared.lake import Cache
 
-__all__ = ["ID_HASH", "attach", "create_empty", "identities", "quoted", "read_every_block", "write_index_file"]
+__all__ = [
+    "ID_HASH",
+    "attach",
+    "copy_caches",
+    "create_empty",
+    "identities",
+    "quoted",
+    "read_every_block",
+    "write_index_file",
+]
 
 STORAGE_VERSION = "v1.0.0"
 ID_HASH = "(md5_number_lower({id}) >> 32)::UINTEGER"
@@ -95,6 +104,22 @@ def attach(connection: duckdb.DuckDBPyConnection, path: Path, name: str) -> bool
         return True
     connection.execute(f"DETACH {name}")
     return False
+
+
+def copy_caches(connection: duckdb.DuckDBPyConnection, source: str, name: str, caches: Sequence[str]) -> None:
+    """Copies what the attached catalog `source` says of these caches into the schema `name`, and detaches it.
+
+    So no question can reach what it says of the others, whatever way it finds.
+    """
+    chosen = ", ".join(quoted(cache) for cache in caches) or "NULL"
+    connection.execute(f"CREATE SCHEMA {name}")
+    for table in ("caches", "shards", "errors"):
+        connection.execute(f"CREATE TABLE {name}.{table} AS FROM {source}.{table} WHERE cache IN ({chosen})")
+    connection.execute(
+        f"CREATE TABLE {name}.sample_index AS "
+        f"FROM {source}.sample_index WHERE shard IN (SELECT shard FROM {name}.shards)"
+    )
+    connection.execute(f"DETACH {source}")
 
 
 def identities(connection: duckdb.DuckDBPyConnection, name: str) -> set[tuple[str, int, str, str]]:

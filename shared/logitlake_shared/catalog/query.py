@@ -5,14 +5,18 @@ speaks for. What came since is added in memory; without any file everything is. 
 network or extension access, no change of settings, and only questions are answered. (The list of allowed statements
 alone would not do: since DuckDB 2 a `WITH … AS (COPY …)` parses as a SELECT. Nor would the lock alone: a view of the
 same name could stand before one of ours.)
+
+`logitlake_shared.sql_service` answers questions of people that are not trusted, each in a process of its own. It opens
+a catalog of the caches that its caller may see; such a catalog holds nothing of another one, not even unreachably.
 """
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -22,7 +26,14 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from logitlake_schemas import COLUMNS, ShardEntry, ShardKind, layout
-from logitlake_shared.catalog.index_file import ID_HASH, attach, create_empty, identities, quoted
+from logitlake_shared.catalog.index_file import (
+    ID_HASH,
+    attach,
+    copy_caches,
+    create_empty,
+    identities,
+    quoted,
+)
 from logitlake_shared.catalog.open_shards import OpenShards, ShardRows, entry_of
 from logitlake_shared.catalog.publish import fetch, newest_number
 from logitlake_shared.catalog.scan import EntryScan, RowScan, TokenScan
@@ -68,19 +79,33 @@ class Place:
 class Catalog:
     """An open catalog of a lake; close it, or use it as a context manager. One thread at a time.
 
+    `caches` names the only ones that there are for this catalog, `snapshots` says where a cache is pinned (else at its
+    newest snapshot). `connection`, a fresh one to a database in memory, is used and locked; else one is made.
+    `has_disk` is false for a process that can write no file: it cannot fetch the published file from an object store,
+    and works without it.
+
     Raises `LakeError` when no cache has a snapshot yet, `LakeCorruptError` when the published file is damaged.
     """
 
-    def __init__(self, lake: Lake) -> None:
+    def __init__(
+        self,
+        lake: Lake,
+        *,
+        caches: Sequence[str] | None = None,
+        snapshots: Mapping[str, int] | None = None,
+        connection: duckdb.DuckDBPyConnection | None = None,
+        has_disk: bool = True,
+    ) -> None:
         self._lake = lake
-        self._pinned = {pin.cache.name: pin for pin in pin(lake)}
+        self._pinned = {pin.cache.name: pin for pin in pin(lake, caches, snapshots)}
+        self._only = None if caches is None else sorted(self._pinned)
         self._failure: LakeError | None = None
         self._opened = OpenShards()
         self._shards: dict[ShardKind, ShardRows] = {}
-        self._connection = duckdb.connect(":memory:")
+        self._connection = duckdb.connect(":memory:") if connection is None else connection
         with ExitStack() as undo:
             undo.callback(self.close)
-            known = self._attach_published()
+            known = self._attach_published(has_disk=has_disk)
             self._late = [pin for pin in self._pinned.values() if pin.identity not in known]
             try:
                 self._create_tables([pin for pin in self._pinned.values() if pin.identity in known])
@@ -92,18 +117,26 @@ class Catalog:
                 self._connection.execute(statement)
             undo.pop_all()
 
+    @property
+    def snapshots(self) -> dict[str, int]:
+        """The caches that there are, and the snapshot that each is pinned at."""
+        return {name: pin.number for name, pin in self._pinned.items()}
+
     def query(self, sql: str) -> pa.Table:
         """The answer to one question. Raises `QueryError` with DuckDB's own explanation, `LakeCorruptError`."""
         with self._explained():
             return self._ask(sql).to_arrow_table()
 
-    def query_batches(self, sql: str) -> pa.RecordBatchReader:
+    def query_batches(
+        self, sql: str, parameters: Sequence[object] | Mapping[str, object] | None = None, rows: int = _BATCH_ROWS
+    ) -> pa.RecordBatchReader:
         """The answer to one question as a stream, for answers larger than memory. Read it before the next question.
 
-        Raises as `query` does, while it is read too.
+        `parameters` stand for `?` or `$name` in it, a batch has at most about `rows` rows. Raises as `query` does,
+        while it is read too.
         """
         with self._explained():
-            reader = self._ask(sql).to_arrow_reader(_BATCH_ROWS)
+            reader = self._ask(sql, parameters).to_arrow_reader(rows)
         return pa.RecordBatchReader.from_batches(reader.schema, self._stream(reader))
 
     def find(self, sample_id: str, cache: str | None = None) -> list[Place]:
@@ -136,20 +169,24 @@ class Catalog:
     ) -> None:
         self.close()
 
-    def _attach_published(self) -> set[tuple[str, int, str, str]]:
+    def _attach_published(self, *, has_disk: bool) -> set[tuple[str, int, str, str]]:
         """Attaches the newest published file as `cat`, or makes an empty one; returns what it was made from."""
-        number = newest_number(self._lake.store)
+        store = self._lake.store
+        number = newest_number(store) if has_disk or store.root is not None else 0
         if number:
             # DuckDB keeps the file open; its name is not needed any longer.
-            with tempfile.TemporaryDirectory(prefix="logitlake-catalog-") as folder:
-                path = fetch(self._lake.store, number, Path(folder))
+            with TemporaryDirectory(prefix="logitlake-catalog-") if has_disk else nullcontext(os.devnull) as folder:
+                path = fetch(store, number, Path(folder))
+                name = "cat" if self._only is None else "published"
                 try:
-                    if attach(self._connection, path, "cat"):
-                        return identities(self._connection, "cat")
+                    if attach(self._connection, path, name):
+                        known = identities(self._connection, name)
+                        if self._only is not None:
+                            copy_caches(self._connection, name, "cat", self._only)
+                        return known
                 except duckdb.Error as error:
                     raise LakeCorruptError(
-                        f"{self._lake.store.uri}/{layout.catalog_path(number)}: cannot be opened: {error}; "
-                        "run `logitlake rebuild`"
+                        f"{store.uri}/{layout.catalog_path(number)}: cannot be opened: {error}; run `logitlake rebuild`"
                     ) from error
         create_empty(self._connection, "cat")
         return set()
@@ -222,7 +259,7 @@ class Catalog:
         ]
         return pa.Table.from_batches(index_batches(late, self._note), INDEX_SCHEMA)
 
-    def _ask(self, sql: str) -> Any:
+    def _ask(self, sql: str, parameters: Sequence[object] | Mapping[str, object] | None = None) -> Any:
         statements = self._connection.extract_statements(sql)
         if len(statements) != 1:
             raise QueryError(f"expected one SQL statement, got {len(statements)}; ask one question at a time")
@@ -232,7 +269,7 @@ class Catalog:
                 "DESCRIBE, SUMMARIZE, SHOW TABLES) and EXPLAIN, and changes nothing. Write PIVOT with IN (…)"
             )
         self._load_shards()
-        return self._connection.sql(sql)
+        return self._connection.sql(sql, params=parameters or None)
 
     def _stream(self, reader: Any) -> Iterator[pa.RecordBatch]:
         with self._explained():

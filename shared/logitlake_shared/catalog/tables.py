@@ -10,7 +10,7 @@ out equal row for row. No column holds an absolute path, so a lake can be moved 
     sample_index  one row a sample or pair: in which shard, row group and row it lies
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -125,19 +125,43 @@ class Pinned:
         return self.cache.open_snapshot(self.number)
 
 
-def pin(lake: Lake) -> list[Pinned]:
-    """Every cache that has a snapshot, by name. Raises `LakeError` when none has."""
+def pin(lake: Lake, caches: Sequence[str] | None = None, snapshots: Mapping[str, int] | None = None) -> list[Pinned]:
+    """Every cache that has a snapshot, by name, at its newest or at the one that `snapshots` says.
+
+    `caches` names the only ones that are looked at; no message then names another. Raises `LakeError` when none has a
+    snapshot, or one has not the one that is asked for.
+    """
+    wanted = dict(snapshots or {})
     pinned = []
-    for name in lake.cache_names():
+    for name in lake.cache_names() if caches is None else sorted(set(caches)):
+        found = _known_cache(lake, name, caches)
         paths = lake.store.names(layout.snapshots_prefix(name))
+        if name in wanted:
+            number = wanted.pop(name)
+            path = layout.snapshot_path(name, number)
+            if path not in paths:
+                newest = layout.snapshot_number(paths[-1]) if paths else "none yet"
+                raise LakeError(f"{lake.store.uri}: cache {name!r} has no snapshot {number}; its newest is {newest}")
+            paths = [path]
         if paths:
             data = lake.store.get(paths[-1])
             if data is None:
                 raise LakeError(f"{lake.store.uri}/{paths[-1]}: listed, but gone when it was read; ask again")
-            pinned.append(Pinned(lake.cache(name), layout.snapshot_number(paths[-1]), sha256_hex(data)))
+            pinned.append(Pinned(found, layout.snapshot_number(paths[-1]), sha256_hex(data)))
+    if wanted:
+        raise LakeError(
+            f"snapshots of {', '.join(map(repr, sorted(wanted)))} are asked for, of which there is no cache"
+        )
     if not pinned:
         raise LakeError(f"{lake.store.uri}: no cache has a snapshot yet; let a capture finish first")
     return pinned
+
+
+def _known_cache(lake: Lake, name: str, caches: Sequence[str] | None) -> Cache:
+    """The cache; the message for an unknown one does not name those that the caller may not know of."""
+    if caches is not None and (not layout.valid_name(name) or lake.store.size(layout.spec_path(name)) is None):
+        raise LakeError(f"{lake.store.uri}: no cache {name!r}")
+    return lake.cache(name)
 
 
 def about_table() -> pa.Table:

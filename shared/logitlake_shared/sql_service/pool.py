@@ -1,0 +1,357 @@
+"""SQL for many: questions over one lake, each answered by a process of its own.
+
+    with SqlPool("lake") as pool, pool.run(SqlRequest("SELECT count(*) FROM tokens", caches=("main",))) as result:
+        for batch in result: ...
+
+A pool keeps `num_warm` workers ready, lets `num_running` questions run, and lets `num_waiting` more wait in the order
+in which they came. It promises:
+
+* a question ends at most a second after its deadline, whatever it does: its process is killed. Parsing, `levenshtein`
+  and friends cannot be interrupted, so nothing gentler would do;
+* whatever happens to a worker (crash, no memory, killed by somebody) is an error of its question only;
+* a place is free as soon as its question ended, also when nobody reads the answer;
+* closing it leaves no process.
+
+One thread, the keeper, starts workers, looks after those that wait and kills those that are late; nothing that it does
+takes long. Whoever asks reads the answer in their own thread. DuckDB is not imported here.
+"""
+
+import contextlib
+import heapq
+import itertools
+import json
+import math
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from logitlake_shared.errors import (
+    QueryBusyError,
+    QueryCrashedError,
+    QueryError,
+)
+from logitlake_shared.sql_service.process import TooLateError, WorkerEndedError, WorkerProcess
+from logitlake_shared.sql_service.query import Query, SqlResult
+from logitlake_shared.sql_service.records import SqlLimits, SqlRequest, frame
+from logitlake_shared.sql_service.sandbox import Layer
+
+__all__ = ["SqlPool", "layers"]
+
+_MAX_STARTS_FAILED = 3
+_START_AGAIN_S = 0.2
+# A busy machine may take its time to start Python.
+_START_TIMEOUT_S = 120.0
+_MAX_RETRY_AFTER_S = 60
+
+
+class SqlPool:
+    """The workers of one lake; may be used from many threads. Close it, or use it as a context manager."""
+
+    def __init__(self, lake_uri: str | Path, limits: SqlLimits | None = None) -> None:
+        self.limits = limits or SqlLimits()
+        self._lake = _absolute(str(lake_uri))
+        self._changed = threading.Condition()
+        self._closed = False
+        self._ready: deque[WorkerProcess] = deque()
+        self._starting: dict[WorkerProcess, float] = {}
+        self._wanted = 0  # by questions that may run and have no worker yet
+        self._failed_starts, self._start_again_at, self._last_words = 0, 0.0, ""
+        self._queries: dict[str, Query] = {}
+        self._num_running = 0
+        self._waiting: deque[Query] = deque()
+        self._deadlines: list[tuple[float, int, Query]] = []
+        self._order = itertools.count()
+        self._mean_s = 1.0
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        os.set_blocking(self._wake_read, False)
+        self._keeper = threading.Thread(target=self._keep, name="sql-pool", daemon=True)
+        self._keeper.start()
+
+    def run(self, request: SqlRequest) -> SqlResult:
+        """Asks, and returns as soon as the answer begins; close the result, or read it to its end.
+
+        Raises `QueryBusyError` where too many wait, `QueryRefusedError`, `QueryTimeoutError`, `QueryMemoryError`,
+        `QueryCancelledError`, `QueryCrashedError`, `QueryError` for a question that is wrong, and `LakeError`. Reading
+        the result raises the same.
+        """
+        asked = request.resolved(self.limits)
+        payload = asked.to_bytes()
+        query = Query(asked, self._finish)
+        self._admit(query)
+        try:
+            worker = self._take_worker(query)
+            worker.send(frame(b"Q", payload), query.deadline)
+            return query.begin()
+        except BaseException as error:
+            query.end("timeout" if isinstance(error, TooLateError) else "failed")
+            query.release()
+            if isinstance(error, TooLateError | WorkerEndedError):
+                raise query.explained(error) from error
+            raise
+
+    def cancel(self, query_id: str) -> bool:
+        """Ends the question of this id, whether it waits or runs; False when there is none."""
+        with self._changed:
+            query = self._queries.get(query_id)
+        return query is not None and query.end("cancelled")
+
+    @property
+    def num_running(self) -> int:
+        """How many questions run now."""
+        return self._num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """How many questions wait for another one to end."""
+        return len(self._waiting)
+
+    def worker_pids(self) -> list[int]:
+        """The processes that there are now: ready, starting and answering."""
+        with self._changed:
+            answering = [query.worker for query in self._queries.values() if query.worker is not None]
+            return [worker.pid for worker in (*self._ready, *self._starting, *answering)]
+
+    def wait_ready(self, timeout_s: float = _START_TIMEOUT_S) -> None:
+        """Waits until `num_warm` workers are ready. Raises `QueryCrashedError` where they do not start."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: len(self._ready) >= self.limits.num_warm or self._cannot_start() or self._closed, timeout_s
+            )
+            if len(self._ready) < self.limits.num_warm:
+                raise self._not_started()
+
+    def close(self) -> None:
+        """Ends all questions and processes. Calling it twice is fine."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            queries = list(self._queries.values())
+            self._changed.notify_all()
+        for query in queries:
+            query.end("closed")
+        self._wake()
+        self._keeper.join()
+        for worker in (*self._ready, *self._starting):
+            worker.close()
+        self._ready.clear()
+        self._starting.clear()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Who asks.
+
+    def _admit(self, query: Query) -> None:
+        """Waits until the question may run. Raises `QueryBusyError`, `QueryTimeoutError`, `QueryCancelledError`."""
+        with self._changed:
+            if self._closed:
+                raise QueryError("the pool is closed")
+            if query.query_id in self._queries:
+                raise QueryError(f"query_id {query.query_id!r} is taken by a question that runs")
+            if self._num_running >= self.limits.num_running or self._waiting:
+                if len(self._waiting) >= self.limits.num_waiting:
+                    raise self._busy()
+                self._waiting.append(query)
+            else:
+                self._let_run(query)
+            self._queries[query.query_id] = query
+            heapq.heappush(self._deadlines, (query.deadline, next(self._order), query))
+            self._wake()
+            try:
+                self._changed.wait_for(lambda: query.runs or query.reason)
+            except BaseException:
+                query.end("cancelled")
+                raise
+        if query.reason:
+            raise query.explained(None)
+
+    def _let_run(self, query: Query) -> None:
+        query.runs = True
+        self._num_running += 1
+        self._wanted += 1
+
+    def _take_worker(self, query: Query) -> WorkerProcess:
+        with self._changed:
+            try:
+                self._changed.wait_for(lambda: self._ready or query.reason or self._cannot_start())
+                if not query.reason and self._ready:
+                    query.worker = self._ready.popleft()
+            finally:
+                self._wanted -= 1
+                self._wake()
+            worker = query.worker
+        if query.reason:
+            raise query.explained(None)
+        if worker is None:
+            raise self._not_started()
+        return worker
+
+    def _finish(self, query: Query) -> None:
+        """Frees the place of a question that ended; called once for each."""
+        with self._changed:
+            self._queries.pop(query.query_id, None)
+            if query.runs:
+                self._num_running -= 1
+                self._mean_s += 0.2 * (time.monotonic() - query.started - self._mean_s)
+            else:
+                with contextlib.suppress(ValueError):
+                    self._waiting.remove(query)
+            while self._waiting and self._num_running < self.limits.num_running and not self._closed:
+                self._let_run(self._waiting.popleft())
+            self._changed.notify_all()
+        self._wake()
+
+    def _busy(self) -> QueryBusyError:
+        error = QueryBusyError(
+            f"{self._num_running} questions run and {len(self._waiting)} wait, as many as may; ask again later"
+        )
+        seconds = self._mean_s * (len(self._waiting) + 1) / self.limits.num_running
+        error.retry_after_s = min(_MAX_RETRY_AFTER_S, max(1, math.ceil(seconds)))
+        return error
+
+    def _cannot_start(self) -> bool:
+        return self._failed_starts >= _MAX_STARTS_FAILED and not self._starting
+
+    def _not_started(self) -> QueryCrashedError:
+        return QueryCrashedError(
+            f"no worker could be started ({self._last_words or 'too late'}); look whether `python -m "
+            "logitlake_shared.sql_service.worker` works, and at the memory of the machine"
+        )
+
+    # The keeper.
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"x")
+
+    def _keep(self) -> None:
+        while not self._closed:
+            self._start_missing()
+            poll, workers = self._watched()
+            for handle, _ in poll.poll(self._pause() * 1000):
+                if handle == self._wake_read:
+                    with contextlib.suppress(OSError):
+                        os.read(self._wake_read, 4096)
+                elif handle in workers:
+                    self._heard(workers[handle])
+            self._end_late()
+
+    def _start_missing(self) -> None:
+        while True:
+            with self._changed:
+                there = len(self._ready) + len(self._starting)
+                wanted = self.limits.num_warm + self._wanted
+                if self._closed or there >= wanted or time.monotonic() < self._start_again_at:
+                    return
+            try:
+                worker = WorkerProcess(self._lake, self.limits)
+            except OSError as error:
+                self._start_failed(str(error))
+                return
+            with self._changed:
+                self._starting[worker] = time.monotonic() + _START_TIMEOUT_S
+
+    def _watched(self) -> tuple[select.poll, dict[int, WorkerProcess]]:
+        poll = select.poll()
+        poll.register(self._wake_read, select.POLLIN)
+        with self._changed:
+            workers = {worker.output: worker for worker in (*self._ready, *self._starting)}
+        for handle in workers:
+            poll.register(handle, select.POLLIN)
+        return poll, workers
+
+    def _pause(self) -> float:
+        """Seconds until something is to be done that nobody wakes the keeper for."""
+        now = time.monotonic()
+        with self._changed:
+            moments = [self._deadlines[0][0]] if self._deadlines else []
+            moments += list(self._starting.values())
+            if self._start_again_at > now:
+                moments.append(self._start_again_at)
+        return max(0.0, min([moment - now for moment in moments], default=60.0))
+
+    def _heard(self, worker: WorkerProcess) -> None:
+        """A worker that starts is ready or ended; one that is ready has nothing to say, so it ended."""
+        with self._changed:
+            is_starting = worker in self._starting
+            if not is_starting and worker not in self._ready:
+                return  # somebody took it, and reads
+            if not is_starting:
+                self._ready.remove(worker)
+        if not is_starting:
+            worker.close()
+            return
+        try:
+            # What it writes is a header: it is here as a whole, or the process is at its end.
+            kind, _ = worker.read_frame(time.monotonic() + 1.0)
+        except (WorkerEndedError, TooLateError) as error:
+            kind = b""
+            words = worker.last_words() or str(error)
+        with self._changed:
+            del self._starting[worker]
+            if kind == b"R":
+                self._failed_starts = 0
+                self._ready.append(worker)
+                self._changed.notify_all()
+                return
+        worker.close()
+        self._start_failed(words if not kind else "it said something else than that it is ready")
+
+    def _start_failed(self, words: str) -> None:
+        with self._changed:
+            self._failed_starts += 1
+            self._last_words = words
+            self._start_again_at = time.monotonic() + _START_AGAIN_S * 2 ** min(self._failed_starts, 6)
+            self._changed.notify_all()
+
+    def _end_late(self) -> None:
+        now = time.monotonic()
+        late: list[Callable[[], object]] = []
+        with self._changed:
+            while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].reason):
+                query = heapq.heappop(self._deadlines)[2]
+                late.append(lambda query=query: query.end("timeout"))  # type: ignore[misc]
+            stuck = [worker for worker, until in self._starting.items() if until <= now]
+            for worker in stuck:
+                del self._starting[worker]
+        for end in late:
+            end()
+        for worker in stuck:
+            worker.close()
+            self._start_failed(f"it was not ready after {_START_TIMEOUT_S:g} s")
+
+
+def layers(lake_uri: str | Path, limits: SqlLimits | None = None) -> list[Layer]:
+    """The layers of the sandbox that a worker of this lake enters here: which are active, and why one is not.
+
+    Asks a worker, which enters them. Raises `QueryCrashedError` where none can be started.
+    """
+    worker = WorkerProcess(_absolute(str(lake_uri)), limits or SqlLimits(), layers=True)
+    try:
+        _, payload = worker.read_frame(time.monotonic() + _START_TIMEOUT_S)
+        return [Layer(str(said["name"]), bool(said["active"]), str(said["detail"])) for said in json.loads(payload)]
+    except (WorkerEndedError, TooLateError, ValueError, KeyError, TypeError) as error:
+        raise QueryCrashedError(f"no worker could be started ({worker.last_words() or error})") from error
+    finally:
+        worker.close()
+
+
+def _absolute(lake: str) -> str:
+    if "://" in lake:
+        return lake
+    return str(Path(lake).expanduser().resolve())

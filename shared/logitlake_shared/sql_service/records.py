@@ -1,0 +1,188 @@
+"""What travels between a pool and its workers: limits, requests, and frames of bytes.
+
+Facts only: JSON and Arrow's IPC format, lengths before bytes. Nothing is unpickled, and each side checks what the other
+one says. A frame is `<kind: 1 byte> <length: 4 bytes> <payload>`:
+
+    pool to worker    Q  the request, JSON
+    worker to pool    R  ready: nothing, once everything is imported
+                      S  started: JSON (snapshot, layers), before the schema
+                      A  an Arrow IPC stream; the first holds the schema alone, each further one a batch
+                      E  the end: JSON (rows, truncated, milliseconds)
+                      X  the end by an error: JSON (its class in `logitlake_shared.errors`, message)
+"""
+
+import json
+import math
+import os
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from logitlake_shared.errors import QueryError, QueryRefusedError
+
+__all__ = [
+    "FRAME_HEADER",
+    "MAX_SQL_BYTES",
+    "Parameters",
+    "SqlLimits",
+    "SqlRequest",
+    "check_text",
+    "frame",
+    "new_query_id",
+]
+
+MAX_SQL_BYTES = 64 * 1024
+_MAX_PARAMETERS_BYTES = 256 * 1024
+FRAME_HEADER = struct.Struct(">cI")
+Scalar = str | int | float | bool | None
+Parameters = Sequence[Scalar] | Mapping[str, Scalar]
+
+
+@dataclass(frozen=True)
+class SqlLimits:
+    """What a pool allows; all of it is the operator's to say."""
+
+    num_running: int = 2
+    """questions that run at the same time"""
+    num_warm: int = 2
+    """workers that wait, ready, for the next question"""
+    num_waiting: int = 16
+    """questions that may wait for others to end; one more is told that the pool is busy"""
+    timeout_s: float = 10.0
+    """from the request to the last byte that is read; a request may ask for less"""
+    max_timeout_s: float = 60.0
+    max_rows: int = 10_000
+    """of an answer, where the request does not say"""
+    max_rows_cap: int = 1_000_000
+    """what a request may ask for"""
+    max_bytes: int = 16 * 2**20
+    """of an answer in Arrow's format, where the request does not say"""
+    max_bytes_cap: int = 256 * 2**20
+    memory_mib: int = 1024
+    """that a worker may add to what it has when it is ready: DuckDB's buffers get half of it"""
+    threads: int = 2
+    """DuckDB's, of a worker"""
+    open_files: int = 256
+    required_layers: tuple[str, ...] = ()
+    """layers of the sandbox without which no question is answered: see `sandbox.LAYERS`"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_running", "timeout_s", "max_timeout_s", "max_rows", "max_bytes", "memory_mib", "threads"):
+            if getattr(self, name) <= 0:
+                raise QueryError(f"SqlLimits.{name}: got {getattr(self, name)}, expected more than 0")
+        for name, cap in (("timeout_s", "max_timeout_s"), ("max_rows", "max_rows_cap"), ("max_bytes", "max_bytes_cap")):
+            if getattr(self, name) > getattr(self, cap):
+                raise QueryError(f"SqlLimits.{name}: got {getattr(self, name)}, more than {cap} {getattr(self, cap)}")
+
+
+def new_query_id() -> str:
+    """An id that sorts by time: `qry_`, milliseconds, 80 random bits."""
+    return f"qry_{int(time.time() * 1000):012x}{os.urandom(10).hex()}"
+
+
+@dataclass(frozen=True)
+class SqlRequest:
+    """One question."""
+
+    sql: str
+    caches: tuple[str, ...] | None
+    """what the caller may see; None for every cache of the lake. There is no default: forgetting it shows nothing"""
+    params: Parameters = ()
+    """what stands for `?` (a sequence) or `$name` (a mapping)"""
+    snapshot: Mapping[str, int] = field(default_factory=dict)
+    """the snapshot of a cache by its name; the newest where none is named"""
+    timeout_s: float | None = None
+    max_rows: int | None = None
+    max_bytes: int | None = None
+    query_id: str = field(default_factory=new_query_id)
+
+    def resolved(self, limits: SqlLimits) -> "SqlRequest":
+        """With every limit filled in. Raises `QueryError` for one above what the pool allows, or no limit at all."""
+        given = {
+            "timeout_s": (self.timeout_s, limits.timeout_s, limits.max_timeout_s),
+            "max_rows": (self.max_rows, limits.max_rows, limits.max_rows_cap),
+            "max_bytes": (self.max_bytes, limits.max_bytes, limits.max_bytes_cap),
+        }
+        values: dict[str, Any] = {}
+        for name, (asked, usual, most) in given.items():
+            value = usual if asked is None else asked
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                raise QueryError(f"{name}: got {asked!r}, expected more than 0 and at most {most:g}")
+            values[name] = value
+        return SqlRequest(self.sql, self.caches, self.params, self.snapshot, query_id=self.query_id, **values)
+
+    def to_bytes(self) -> bytes:
+        """As a worker reads it. Raises `QueryError` for parameters that are not plain values."""
+        check_text(self.sql)
+        _check_parameters(self.params)
+        _check_names(self.caches, self.snapshot)
+        document = asdict(self)
+        document["params"] = dict(self.params) if isinstance(self.params, Mapping) else list(self.params)
+        document["snapshot"] = dict(self.snapshot)
+        data = json.dumps(document).encode()
+        if len(data) > 8 * MAX_SQL_BYTES + 8 * _MAX_PARAMETERS_BYTES:
+            raise QueryRefusedError(f"the request has {len(data)} bytes; name fewer caches")
+        return data
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "SqlRequest":
+        """What `to_bytes` made."""
+        document = json.loads(data)
+        caches = document.pop("caches")
+        return cls(caches=None if caches is None else tuple(caches), **document)
+
+
+def check_text(sql: str) -> None:
+    """Raises `QueryRefusedError` for a text that is not handed to the parser."""
+    try:
+        size = len(sql.encode())
+    except UnicodeEncodeError as error:
+        raise QueryRefusedError(f"the SQL text is not Unicode: half a surrogate pair at {error.start + 1}") from error
+    if size > MAX_SQL_BYTES:
+        raise QueryRefusedError(f"the SQL text has {size} bytes, expected at most {MAX_SQL_BYTES}")
+    if "\0" in sql:
+        raise QueryRefusedError(f"the SQL text has a NUL at character {sql.index(chr(0)) + 1}")
+    if not sql.strip():
+        raise QueryError("the SQL text is empty; expected one question")
+
+
+def frame(kind: bytes, payload: bytes) -> bytes:
+    """A frame of this kind."""
+    return FRAME_HEADER.pack(kind, len(payload)) + payload
+
+
+def _check_parameters(params: Any) -> None:
+    if isinstance(params, Mapping):
+        values = list(params.values())
+        if not all(isinstance(name, str) for name in params):
+            raise QueryError("params: expected names that are text")
+    elif isinstance(params, Sequence) and not isinstance(params, str | bytes):
+        values = list(params)
+    else:
+        raise QueryError(f"params: got {type(params).__name__}, expected a list for `?` or an object for `$name`")
+    size = 0
+    for value in values:
+        if value is not None and not isinstance(value, str | int | float | bool):
+            raise QueryError(f"params: got a {type(value).__name__}, expected text, numbers, true, false or null")
+        if isinstance(value, int) and not -(2**127) <= value < 2**127:
+            raise QueryError("params: a whole number of more than 127 bits")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise QueryError("params: a number that is not finite; write 'NaN'::DOUBLE in the question")
+        try:
+            size += len(value.encode()) if isinstance(value, str) else 40
+        except UnicodeEncodeError as error:
+            raise QueryError("params: a text that is not Unicode") from error
+    if size > _MAX_PARAMETERS_BYTES:
+        raise QueryRefusedError(f"params: {size} bytes, expected at most {_MAX_PARAMETERS_BYTES}")
+
+
+def _check_names(caches: Any, snapshot: Any) -> None:
+    if caches is not None and (isinstance(caches, str) or not all(isinstance(name, str) for name in caches)):
+        raise QueryError(f"caches: got {caches!r}, expected a tuple of names")
+    if not isinstance(snapshot, Mapping) or not all(
+        isinstance(name, str) and isinstance(number, int) and not isinstance(number, bool) and 0 < number < 10**8
+        for name, number in snapshot.items()
+    ):
+        raise QueryError(f"snapshot: got {snapshot!r}, expected the number of a snapshot by the name of its cache")
