@@ -151,8 +151,8 @@ _WINDOWS = (
 _NUMBERS = (
     "abs acos acosh add asin asinh atan atan2 atanh bin binom bit_count cbrt ceil ceiling cos cosh cot degrees divide "
     "equi_width_bins even exp factorial fdiv floor fmod gamma gcd greatest greatest_common_divisor isfinite isinf "
-    "isnan lcm least least_common_multiple lgamma ln log log10 log2 mod multiply nextafter pi pow power radians random round "
-    "round_even roundbankers sign signbit sin sinh sqrt subtract tan tanh trunc"
+    "isnan lcm least least_common_multiple lgamma ln log log10 log2 mod multiply nextafter pi pow power radians random "
+    "round round_even roundbankers sign signbit sin sinh sqrt subtract tan tanh trunc"
 )
 _TEXTS = (
     "array_to_string array_to_string_comma_default ascii bar base64 bit_length bit_position bitstring char_length "
@@ -173,8 +173,8 @@ _TIMES = (
     "epoch epoch_ms epoch_ns epoch_us era get_current_time get_current_timestamp hour isodow isoyear julian last_day "
     "make_date make_time make_timestamp make_timestamp_ms make_timestamp_ns make_timestamptz microsecond millennium "
     "millisecond minute month monthname nanosecond normalized_interval now quarter second strftime strptime "
-    "time_bucket timezone timezone_hour timezone_minute to_centuries to_days to_decades to_hours to_microseconds to_millennia "
-    "to_milliseconds to_minutes to_months to_quarters to_seconds to_timestamp to_weeks to_years today "
+    "time_bucket timezone timezone_hour timezone_minute to_centuries to_days to_decades to_hours to_microseconds "
+    "to_millennia to_milliseconds to_minutes to_months to_quarters to_seconds to_timestamp to_weeks to_years today "
     "transaction_timestamp try_strptime week weekday weekofyear year yearweek uuid uuidv4 uuidv7 gen_random_uuid "
     "uuid_extract_timestamp uuid_extract_version"
 )

@@ -40,7 +40,13 @@ LAYERS = (
 
 _PROCESSES_MORE = 256
 # What a worker's environment may hold: where modules and libraries are, and what makes the libraries behave.
-_CLEAN = ("PYTHONPATH", "LD_LIBRARY_PATH", "TZ", "LC_CTYPE", "MALLOC_ARENA_MAX", "JE_ARROW_MALLOC_CONF") + (
+_CLEAN = (
+    "PYTHONPATH",
+    "LD_LIBRARY_PATH",
+    "TZ",
+    "LC_CTYPE",
+    "MALLOC_ARENA_MAX",
+    "JE_ARROW_MALLOC_CONF",
     "OPENBLAS_NUM_THREADS",
     "OMP_NUM_THREADS",
 )
