@@ -1,0 +1,144 @@
+"""What may be asked is answered, and as the catalog itself answers it."""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from tests.shared.sql_service.conftest import VISIBLE
+from tests.shared.sql_service.questions import QUESTIONS
+
+from logitlake_shared.catalog import Catalog
+from logitlake_shared.errors import LakeError, QueryError, QueryTooLargeError
+from logitlake_shared.lake import Lake
+from logitlake_shared.sql_service import SqlPool, SqlRequest
+
+# DuckDB adds floats in the order in which its threads come.
+_ROUNDING = 1e-6
+
+
+def test_the_answers_are_the_catalogs(lake: Path, pool: SqlPool) -> None:
+    """Schema and rows of every question are those that a catalog of the same caches gives in process."""
+
+    def ask(sql: str) -> pa.Table:
+        return pool.run(SqlRequest(sql, VISIBLE)).read_all()
+
+    with Catalog(Lake.open(lake), caches=VISIBLE) as catalog, ThreadPoolExecutor(4) as threads:
+        for sql, answer in zip(QUESTIONS, threads.map(ask, QUESTIONS), strict=True):
+            expected = catalog.query(sql)
+            assert answer.schema == expected.schema, sql
+            assert _close(answer.to_pylist(), expected.to_pylist()), sql
+    assert len(QUESTIONS) >= 40
+
+
+def test_only_the_callers_caches_are_there(lake: Path, pool: SqlPool) -> None:
+    """Another cache shows in no relation: not in its rows, nor in the catalog's tables, nor in an error."""
+    relations = "samples tokens topk pairs images sample_index shards caches errors".split()
+    for relation in relations:
+        caches = pool.run(SqlRequest(f"SELECT DISTINCT cache FROM {relation}", ("main",))).read_all()
+        assert set(caches.column("cache").to_pylist()) <= {"main"}, relation
+    with pytest.raises(QueryError) as refused:
+        pool.run(SqlRequest("SELECT nothing FROM tokens", ("main",)))
+    assert "hidden" not in str(refused.value)
+    everything = pool.run(SqlRequest("SELECT cache FROM caches ORDER BY cache", None)).read_all()
+    assert everything.column("cache").to_pylist() == ["hidden", "main", "pairs"]
+
+
+def test_no_cache_is_no_answer(pool: SqlPool) -> None:
+    """Without a cache, or with one that is not there, the lake says nothing, and names no other one."""
+    for caches in ((), ("nowhere",), ("main", "../hidden")):
+        with pytest.raises(LakeError) as refused:
+            pool.run(SqlRequest("SELECT 1", caches))
+        assert "hidden'" not in str(refused.value).replace("'../hidden'", "")
+
+
+def test_a_snapshot_is_asked_for_by_its_number(pool: SqlPool) -> None:
+    """Snapshot 1 of a cache holds what it held, beside the newest of another; a number that is not there is named."""
+    count = "SELECT count(*) AS n FROM samples WHERE cache = 'main'"
+    newest = pool.run(SqlRequest(count, VISIBLE))
+    assert newest.snapshot == {"main": 2, "pairs": 1}
+    assert newest.read_all().to_pylist() == [{"n": 12}]
+    older = pool.run(SqlRequest(count, VISIBLE, snapshot={"main": 1}))
+    assert older.snapshot == {"main": 1, "pairs": 1}
+    assert older.read_all().to_pylist() == [{"n": 6}]
+    with pytest.raises(LakeError, match="no snapshot 7; its newest is 2"):
+        pool.run(SqlRequest(count, VISIBLE, snapshot={"main": 7}))
+    with pytest.raises(LakeError, match="'hidden'"):
+        pool.run(SqlRequest(count, VISIBLE, snapshot={"hidden": 1}))
+
+
+def test_parameters_are_values(pool: SqlPool) -> None:
+    """`?` and `$name` stand for values and never for SQL."""
+    by_place = SqlRequest("SELECT count(*) AS n FROM tokens WHERE task = ? AND position < ?", VISIBLE, ("caption", 2))
+    assert pool.run(by_place).read_all().to_pylist() == [{"n": 8}]
+    by_name = SqlRequest("SELECT $a AS a, $b + 1 AS b, $c AS c", VISIBLE, {"a": "'; DROP", "b": 1, "c": None})
+    assert pool.run(by_name).read_all().to_pylist() == [{"a": "'; DROP", "b": 2, "c": None}]
+    for params in ((), {"b": 1}, ("a",)):
+        with pytest.raises(QueryError):
+            pool.run(SqlRequest("SELECT $a + ?" if not params else "SELECT $a", VISIBLE, params))
+
+
+@pytest.mark.parametrize(
+    "params", [(b"x",), ([1],), "text", {1: 2}, (math.nan,), (2**200,), ("\ud800",), ("x" * 300_000,), 5]
+)
+def test_parameters_that_are_none_are_refused(pool: SqlPool, params: Any) -> None:
+    """What JSON cannot carry exactly is refused before a worker is asked."""
+    with pytest.raises(QueryError, match="params"):
+        pool.run(SqlRequest("SELECT ?", VISIBLE, params))
+
+
+def test_rows_are_cut_and_said_to_be(pool: SqlPool) -> None:
+    """An answer of exactly the limit is whole; one row more is not there, and the answer says so."""
+    whole = pool.run(SqlRequest("SELECT * FROM range(5000)", VISIBLE, max_rows=5000))
+    assert whole.read_all().num_rows == 5000
+    assert (whole.rows, whole.truncated) == (5000, "")
+    cut = pool.run(SqlRequest("SELECT * FROM range(5001)", VISIBLE, max_rows=5000))
+    assert cut.read_all().num_rows == 5000
+    assert (cut.rows, cut.truncated) == (5000, "rows")
+    assert cut.milliseconds > 0
+
+
+def test_bytes_are_cut_at_a_row(pool: SqlPool) -> None:
+    """As many whole rows as fit the bytes; a first row that does not fit is an error, not an empty answer."""
+    cut = pool.run(SqlRequest("SELECT repeat('x', 1000) AS x FROM range(5000)", VISIBLE, max_bytes=100_000))
+    table = cut.read_all()
+    assert cut.truncated == "bytes"
+    assert 90 <= table.num_rows <= 100
+    assert set(table.column("x").to_pylist()) == {"x" * 1000}
+    with pytest.raises(QueryTooLargeError, match="max_bytes"):
+        pool.run(SqlRequest("SELECT repeat('x', 200000)", VISIBLE, max_bytes=100_000)).read_all()
+
+
+@pytest.mark.parametrize("limit", [{"timeout_s": 1000.0}, {"max_rows": 10**9}, {"max_bytes": 2**40}])
+@pytest.mark.parametrize("make", [lambda value: value, lambda value: 0, lambda value: -value, lambda value: True])
+def test_limits_above_the_pools_are_refused(pool: SqlPool, limit: dict[str, Any], make: Callable[[Any], Any]) -> None:
+    """A limit that is none, or above what the operator allows, is an error and not something smaller."""
+    with pytest.raises(QueryError, match=next(iter(limit))):
+        pool.run(SqlRequest("SELECT 1", VISIBLE, **{name: make(value) for name, value in limit.items()}))
+
+
+def test_numbers_without_a_type_in_arrow_are_refused(pool: SqlPool) -> None:
+    """A number that Arrow would carry wrongly is an error that says what to do; cast, it is right."""
+    largest = 2**128 - 1
+    for sql in (f"SELECT {largest}::UHUGEINT", f"SELECT [{largest}::UHUGEINT]", f"SELECT {2**127 - 1}::HUGEINT"):
+        with pytest.raises(QueryError, match="cast it to VARCHAR"):
+            pool.run(SqlRequest(sql, VISIBLE)).read_all()
+    cast = pool.run(SqlRequest(f"SELECT {largest}::UHUGEINT::VARCHAR AS x", VISIBLE)).read_all()
+    assert cast.to_pylist() == [{"x": str(largest)}]
+
+
+def _close(got: Any, expected: Any) -> bool:
+    if isinstance(expected, float) and isinstance(got, float):
+        return (
+            got == expected
+            or (math.isnan(got) and math.isnan(expected))
+            or math.isclose(got, expected, rel_tol=_ROUNDING)
+        )
+    if isinstance(expected, dict) and isinstance(got, dict):
+        return got.keys() == expected.keys() and all(_close(got[key], expected[key]) for key in expected)
+    if isinstance(expected, list | tuple) and isinstance(got, list | tuple):
+        return len(got) == len(expected) and all(map(_close, got, expected))
+    return bool(got == expected)
