@@ -229,8 +229,8 @@ class SqlPool:
 
     def _not_started(self) -> QueryCrashedError:
         return QueryCrashedError(
-            f"no worker could be started ({self._last_words or 'too late'}); look whether `python -m "
-            "logitlake_shared.sql_service.worker` works, and at the memory of the machine"
+            f"no worker could be started ({self._last_words or 'too late'}); look whether `python -c "
+            "'import logitlake_shared.sql_service.worker'` works, and at the memory of the machine"
         )
 
     # The keeper.

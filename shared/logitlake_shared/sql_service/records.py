@@ -108,7 +108,8 @@ class SqlRequest:
         values: dict[str, Any] = {}
         for name, (asked, usual, most) in given.items():
             value = usual if asked is None else asked
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+            kind = int | float if name == "timeout_s" else int
+            if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value <= most:
                 raise QueryError(f"{name}: got {asked!r}, expected more than 0 and at most {most:g}")
             values[name] = value
         return SqlRequest(self.sql, self.caches, self.params, self.snapshot, query_id=self.query_id, **values)

@@ -1,6 +1,6 @@
 """The program of a worker: waits, answers one question over a lake, and ends.
 
-    python -m logitlake_shared.sql_service.worker <the lake and its limits, as JSON>
+    python -c 'from logitlake_shared.sql_service.worker import main; main()' <the lake and its limits, as JSON>
 
 It is started long before its question comes, so that nobody waits for imports, and it answers one only: whatever a
 question did to the process, no other one meets it. On its request it takes from itself all that the question does not
@@ -19,14 +19,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import duckdb
 import pyarrow as pa
-
-# What is imported on the way otherwise, when no file of Python's can be read any longer.
-import pyarrow.acero
 
 from logitlake_schemas import layout
 from logitlake_shared.catalog import Catalog
@@ -46,6 +44,8 @@ from logitlake_shared.sql_service.sandbox import Layer, enter_early, enter_late
 __all__ = ["main", "run"]
 
 _BATCH_ROWS = 2048
+# What others import on the way, when no file of Python's can be read any longer.
+_IMPORTED_BEFORE = ("numpy.ma", "pyarrow.acero")
 # After the pool's own deadline: it is there for a worker that the pool cannot end any longer.
 _ALARM_AFTER_S = 1.0
 _MESSAGE_CHARS = 4000
@@ -64,6 +64,8 @@ def main() -> NoReturn:
     network = _is_remote(lake)
     layers = enter_early(network=network)
     requests, replies = 0, os.dup(1)
+    for module in _IMPORTED_BEFORE:
+        import_module(module)
     connection = _connect(given)
     Gate(connection).judge("SELECT 1")
     _silence()
@@ -274,7 +276,3 @@ def _write(handle: int, data: bytes) -> None:
     left = memoryview(data)
     while left:
         left = left[os.write(handle, left) :]
-
-
-if __name__ == "__main__":
-    main()

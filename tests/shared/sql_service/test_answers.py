@@ -1,7 +1,6 @@
 """What may be asked is answered, and as the catalog itself answers it."""
 
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from logitlake_shared.catalog import Catalog
 from logitlake_shared.errors import LakeError, QueryError, QueryTooLargeError
 from logitlake_shared.lake import Lake
 from logitlake_shared.sql_service import SqlPool, SqlRequest
+from logitlake_shared.sql_service.grammar import RELATIONS
 
 # DuckDB adds floats in the order in which its threads come.
 _ROUNDING = 1e-6
@@ -36,8 +36,7 @@ def test_the_answers_are_the_catalogs(lake: Path, pool: SqlPool) -> None:
 
 def test_only_the_callers_caches_are_there(lake: Path, pool: SqlPool) -> None:
     """Another cache shows in no relation: not in its rows, nor in the catalog's tables, nor in an error."""
-    relations = "samples tokens topk pairs images sample_index shards caches errors".split()
-    for relation in relations:
+    for relation in sorted(RELATIONS):
         caches = pool.run(SqlRequest(f"SELECT DISTINCT cache FROM {relation}", ("main",))).read_all()
         assert set(caches.column("cache").to_pylist()) <= {"main"}, relation
     with pytest.raises(QueryError) as refused:
@@ -112,12 +111,12 @@ def test_bytes_are_cut_at_a_row(pool: SqlPool) -> None:
         pool.run(SqlRequest("SELECT repeat('x', 200000)", VISIBLE, max_bytes=100_000)).read_all()
 
 
-@pytest.mark.parametrize("limit", [{"timeout_s": 1000.0}, {"max_rows": 10**9}, {"max_bytes": 2**40}])
-@pytest.mark.parametrize("make", [lambda value: value, lambda value: 0, lambda value: -value, lambda value: True])
-def test_limits_above_the_pools_are_refused(pool: SqlPool, limit: dict[str, Any], make: Callable[[Any], Any]) -> None:
+@pytest.mark.parametrize("name", ["timeout_s", "max_rows", "max_bytes"])
+@pytest.mark.parametrize("value", [10**12, 0, -1, True, float("nan"), "1"])
+def test_limits_above_the_pools_are_refused(pool: SqlPool, name: str, value: Any) -> None:
     """A limit that is none, or above what the operator allows, is an error and not something smaller."""
-    with pytest.raises(QueryError, match=next(iter(limit))):
-        pool.run(SqlRequest("SELECT 1", VISIBLE, **{name: make(value) for name, value in limit.items()}))
+    with pytest.raises(QueryError, match=name):
+        pool.run(SqlRequest("SELECT 1", VISIBLE, **{name: value}))
 
 
 def test_numbers_without_a_type_in_arrow_are_refused(pool: SqlPool) -> None:
