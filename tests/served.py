@@ -16,7 +16,7 @@ _START_S = 30.0
 def served(app: Any) -> Iterator[str]:
     """Its address, on a free port, while the context lasts."""
     started = threading.Event()
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     startup = server.startup
 
     async def announce(*arguments: Any, **keywords: Any) -> None:

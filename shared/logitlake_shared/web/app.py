@@ -7,6 +7,7 @@ probes; nothing is served from another host.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from importlib.metadata import version
 from typing import Any
 
@@ -70,8 +71,12 @@ def make_app(
     settings: ServiceSettings,
     routers: Sequence[APIRouter] = (),
     checks: Mapping[str, Check] | None = None,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
-    """The application of the service `name`; `checks` are what `/readyz` asks. Raises `ConfigError`."""
+    """The application of the service `name`; `checks` are what `/readyz` asks, `lifespan` is around its whole life.
+
+    Raises `ConfigError`.
+    """
     service = Service(settings, checks or {})
     Info("logitlake_build", "What runs.", registry=service.registry).info(
         {"version": version("logitlake"), "service": name}
@@ -90,6 +95,7 @@ def make_app(
         redoc_url=None,
         openapi_url="/openapi.json",
         middleware=[frame],
+        lifespan=lifespan,
         responses={
             "default": {"model": ProblemDocument, "description": "A problem (RFC 9457)", "content": {MEDIA_TYPE: {}}}
         },

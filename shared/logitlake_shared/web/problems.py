@@ -23,7 +23,14 @@ from logitlake_shared.errors import (
     LakeError,
     LakeFormatError,
     LogitLakeError,
+    QueryBusyError,
+    QueryCancelledError,
+    QueryCrashedError,
     QueryError,
+    QueryMemoryError,
+    QueryRefusedError,
+    QueryTimeoutError,
+    QueryTooLargeError,
 )
 from logitlake_shared.web.tokens import without_tokens
 
@@ -64,11 +71,15 @@ CODES = {
         Code("invalid_request", 422, "The request is not valid", "`errors` points at each fault"),
         Code("config_invalid", 422, "The configuration is not valid", "mend what `detail` names"),
         Code("data_invalid", 422, "The data is not valid", "mend the records that `detail` names"),
+        Code("query_refused", 422, "That is not answered", "ask one SELECT over the views of `/v1/schema`"),
+        Code("query_too_heavy", 422, "The question needs too much", "ask for fewer rows, or aggregate more"),
+        Code("query_cancelled", 409, "The question was cancelled", "ask again", retryable=True),
         Code("query_failed", 422, "The query failed", "`detail` is DuckDB's own explanation"),
         Code("too_many_requests", 429, "Too many requests", "wait for `Retry-After` seconds", retryable=True),
         Code("internal", 500, "Our fault", "report `request_id`; the log has more under it"),
         Code("lake_corrupt", 500, "Committed bytes are damaged", "run `logitlake verify --repair` on the lake"),
         Code("lake_unusable", 500, "The lake cannot be read", "look at the lake's storage; `detail` says what failed"),
+        Code("query_crashed", 502, "The question's process ended", "ask again, or ask for less", retryable=True),
         Code("upstream_failed", 502, "The cluster or engine failed", "look at its own log", retryable=True),
         Code("shutting_down", 503, "The service is ending", "try again soon", retryable=True),
         Code("timeout", 504, "It took too long", "ask for less, or for more time", retryable=True),
@@ -77,6 +88,12 @@ CODES = {
 
 # Of more classes than one the first counts: what is special stands before what it is a case of.
 _OF_ERROR: tuple[tuple[type[LogitLakeError], str], ...] = (
+    (QueryRefusedError, "query_refused"),
+    (QueryTimeoutError, "timeout"),
+    (QueryMemoryError, "query_too_heavy"),
+    (QueryTooLargeError, "query_too_heavy"),
+    (QueryCancelledError, "query_cancelled"),
+    (QueryCrashedError, "query_crashed"),
     (QueryError, "query_failed"),
     (FingerprintMismatchError, "fingerprint_mismatch"),
     (LakeConflictError, "conflict"),
@@ -150,6 +167,8 @@ def problem_of(error: Exception) -> Problem:
     """What an exception is to the user."""
     if isinstance(error, Problem):
         return error
+    if isinstance(error, QueryBusyError):
+        return Problem("too_many_requests", str(error), headers={"Retry-After": str(error.retry_after_s)})
     for cls, code in _OF_ERROR:
         if isinstance(error, cls):
             return Problem(code, str(error))

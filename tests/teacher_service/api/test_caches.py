@@ -21,7 +21,7 @@ from logitlake_shared.web.tokens import TokenStore
 Teacher = Callable[..., tuple[Any, str]]
 OPEN = {"/livez", "/readyz"}
 # What tells of no cache in particular.
-OF_NO_CACHE = {"/openapi.json", "/metrics", "/v1/caches", "/v1/files/{path:path}"}
+OF_NO_CACHE = {"/openapi.json", "/metrics", "/v1/caches", "/v1/sql", "/v1/queries/{query_id}", "/v1/schema"}
 
 
 def every_item(client: httpx.Client, path: str, limit: int, **query: Any) -> list[Any]:
@@ -143,14 +143,19 @@ def test_errors_are_listed_by_code(client: httpx.Client, small_lake: Path, make_
     assert [error["sample_id"] for error in some] == ["bad-0", "bad-1", "bad-3"]
 
 
-def gets(app: Any) -> list[str]:
-    """Every route of the application that can be asked for."""
-    return [route.path for route in app.routes if isinstance(route, APIRoute | Route)]
+def operations(app: Any) -> list[tuple[str, str]]:
+    """Method and path of everything that the application can be asked."""
+    return [
+        (method, route.path)
+        for route in app.routes
+        if isinstance(route, APIRoute | Route)
+        for method in sorted(route.methods or {"GET", "PROPFIND"})
+    ]
 
 
 def filled(path: str, cache: str) -> str:
     values = {"{cache}": cache, "{number}": "1", "{sample_id:path}": "sample-0010", "{sha256}": "0" * 64}
-    values["{path:path}"] = f"caches/{cache}/spec.json"
+    values |= {"{path:path}": f"caches/{cache}/spec.json", "{query_id}": "qry_1"}
     for name, value in values.items():
         path = path.replace(name, value)
     assert "{" not in path
@@ -165,23 +170,29 @@ def test_every_route_is_behind_the_door(teacher: Teacher, tokens: TokenStore, sm
     of_pairs, _ = tokens.create("pairs", "read", ("pairs",))
     of_nothing, _ = tokens.create("nothing", "admin", ("nothing",))
 
-    def ask(path: str, token: str | None) -> int:
+    def ask(method: str, path: str, token: str | None) -> int:
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        return httpx.get(f"{url}{path}", headers=headers, params={"sample_id": "sample-0010"}).status_code
+        body = {"sql": "SELECT 1"} if method == "POST" else None
+        asked = httpx.request(
+            method, f"{url}{path}", headers=headers, params={"sample_id": "sample-0010"}, json=body, timeout=60
+        )
+        return asked.status_code
 
-    for route in gets(app):
+    for method, route in operations(app):
         path = filled(route, "main")
         if route in OPEN:
-            assert ask(path, None) == 200
+            assert ask(method, path, None) == 200
             continue
-        assert ask(path, None) == 401, route
-        if route not in OF_NO_CACHE or "path" in route:
-            assert "{" in route, f"{route} tells of no cache: say so in OF_NO_CACHE, and see that it may"
-            for token in (of_pairs, of_nothing):
-                assert ask(path, token) == 404, route
-            assert ask(path, of_main) in (200, 404), route
-    assert ask("/v1/files/catalog/catalog-00000001.duckdb", of_main) == 404
-    assert ask("/metrics", of_main) == 404
+        assert ask(method, path, None) == 401, route
+        if route in OF_NO_CACHE:
+            continue
+        assert "{cache}" in route or "{path:path}" in route, f"{route} tells of no cache: may it? Say so in OF_NO_CACHE"
+        for token in (of_pairs, of_nothing):
+            assert ask(method, path, token) == 404, route
+        assert ask(method, path, of_main) in (200, 207, 404), route
+    assert ask("GET", "/v1/files/catalog/catalog-00000001.duckdb", of_main) == 404
+    assert ask("GET", "/metrics", of_main) == 404
+    assert ask("POST", "/v1/sql", of_nothing) == 404
     for token, names in ((of_main, ["main"]), (of_pairs, ["pairs"]), (of_nothing, [])):
         answer = httpx.get(f"{url}/v1/caches", headers={"authorization": f"Bearer {token}"})
         assert [cache["name"] for cache in answer.json()["data"]] == names

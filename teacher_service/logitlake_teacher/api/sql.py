@@ -1,0 +1,220 @@
+"""SQL for many: questions over the caches that the token covers, each answered by a process of its own.
+
+`logitlake_shared.sql_service` decides what may be asked and what it may cost; here it becomes HTTP: who asks sees their
+caches alone, `Accept` chooses the format, an answer streams while it is made, and whoever hangs up ends the question.
+Each question leaves a line in the log: who, the digest of the text, rows, milliseconds, and how it ended.
+"""
+
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Iterator
+from operator import itemgetter
+from typing import Annotated, Any
+
+from anyio import CancelScope, to_thread
+from fastapi import APIRouter, Depends, Header, Path, Request
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import iterate_in_threadpool
+from starlette.responses import Response, StreamingResponse
+
+from logitlake_schemas import COLUMNS
+from logitlake_shared.errors import LogitLakeError
+from logitlake_shared.lake import Lake
+from logitlake_shared.sql_service import SqlPool, SqlRequest, SqlResult
+from logitlake_shared.sql_service.formats import FORMATS, encode
+from logitlake_shared.web.doors import Principal, principal_of
+from logitlake_shared.web.problems import Problem, problem_of
+from logitlake_teacher.api.documents import ColumnDocument, ViewDocument
+
+__all__ = ["SqlQuestions", "sql_routes"]
+
+_log = logging.getLogger("logitlake.sql")
+
+Asking = Annotated[Principal, Depends(principal_of)]
+Scalar = str | int | float | bool | None
+_VIEWS = ("samples", "tokens", "topk", "pairs", "images", "sample_index", "shards", "caches", "errors")
+_COLUMNS_OF_VIEWS = " UNION ALL ".join(
+    f"SELECT '{view}' AS view, row_number() OVER () AS number, column_name AS name, column_type AS type "
+    f"FROM (DESCRIBE {view})"
+    for view in _VIEWS
+)
+_DOCS = {column.name: column.doc for columns in COLUMNS.values() for column in columns}
+_BY_MEDIA_TYPE = {format_.media_type: name for name, format_ in FORMATS.items()}
+_JSON = "application/json"
+
+
+class Question(BaseModel):
+    """One question in DuckDB's SQL."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    sql: str = Field(min_length=1, examples=["SELECT task, avg(entropy) FROM tokens GROUP BY task"])
+    """one SELECT, DESCRIBE or SUMMARIZE over the views of `/v1/schema`"""
+    params: list[Scalar] | dict[str, Scalar] = Field(default=[], examples=[[]])
+    """what stands for `?` (a list) or `$name` (an object)"""
+    caches: list[str] | None = Field(default=None, examples=[["main"]])
+    """caches to look at; default: all that the token covers"""
+    snapshot: dict[str, int] = Field(default={}, examples=[{"main": 1}])
+    """the snapshot of a cache, by its name; default: the newest"""
+    timeout_ms: int | None = Field(default=None, gt=0, examples=[10_000])
+    """how long it may take, to the last byte that is read"""
+    max_rows: int | None = Field(default=None, gt=0, examples=[1_000])
+    """rows of the answer; what is cut short says so"""
+    max_bytes: int | None = Field(default=None, gt=0, examples=[1_000_000])
+    """bytes of the answer, as Arrow"""
+    csv_safe: bool = False
+    """in CSV, keep spreadsheets from taking text for formulas"""
+
+
+class SqlQuestions:
+    """The questions of one service: its pool, who asked what, figures."""
+
+    def __init__(self, pool: SqlPool, registry: CollectorRegistry) -> None:
+        self.pool = pool
+        self.asked_by: dict[str, str] = {}
+        """the principal of each question under way"""
+        self.views: list[ViewDocument] = []
+        self._ended = Counter("logitlake_sql_queries", "Questions, by how they ended.", ("verdict",), registry=registry)
+        self._seconds = Histogram("logitlake_sql_query_seconds", "Time to the end of an answer.", registry=registry)
+
+    def begin(self, principal: Principal, request: SqlRequest) -> SqlResult:
+        """The answer, once it begins. Raises `QueryError` and its kin."""
+        self.asked_by[request.query_id] = principal.id
+        try:
+            return self.pool.run(request)
+        except LogitLakeError as error:
+            self.end(principal, request, None, problem_of(error).code)
+            raise
+
+    def end(self, principal: Principal, request: SqlRequest, result: SqlResult | None, verdict: str) -> None:
+        """Writes down how a question ended."""
+        self.asked_by.pop(request.query_id, None)
+        self._ended.labels(verdict).inc()
+        facts: dict[str, Any] = {
+            "query_id": request.query_id,
+            "principal": principal.id,
+            "sql_sha256": hashlib.sha256(request.sql.encode(errors="replace")).hexdigest(),
+            "verdict": verdict,
+        }
+        if result is not None:
+            self._seconds.observe(result.milliseconds / 1000)
+            facts |= {"rows": result.rows, "milliseconds": result.milliseconds, "truncated": result.truncated}
+        _log.info("a question ended: %s", verdict, extra=facts)
+
+
+def sql_routes() -> APIRouter:
+    """`/v1/sql`, `/v1/queries/{query_id}`, `/v1/schema`."""
+    router = APIRouter(prefix="/v1", tags=["sql"])
+    content: dict[str, Any] = {format_.media_type: {} for format_ in FORMATS.values()}
+    said = "The rows, in the format that `Accept` asks for"
+    answer: dict[int | str, dict[str, Any]] = {200: {"description": said, "content": content}}
+    router.add_api_route("/sql", _ask, methods=["POST"], response_class=StreamingResponse, responses=answer)
+    router.add_api_route("/queries/{query_id}", _cancel, methods=["DELETE"], status_code=204, response_class=Response)
+    router.add_api_route("/schema", _schema, response_model=list[ViewDocument])
+    return router
+
+
+def _questions(request: Request) -> SqlQuestions:
+    questions: SqlQuestions = request.app.state.questions
+    return questions
+
+
+def _ask(
+    request: Request, asking: Asking, question: Question, accept: Annotated[str, Header(max_length=1000)] = "*/*"
+) -> StreamingResponse:
+    """Answer one question. `X-Query-Id` names it: `DELETE /v1/queries/{id}` ends it, and so does hanging up."""
+    asking.require("read")
+    name = _format(accept)
+    asked = SqlRequest(
+        question.sql,
+        caches=_caches(request.app.state.lake, asking, question.caches),
+        params=question.params,
+        snapshot=question.snapshot,
+        timeout_s=None if question.timeout_ms is None else question.timeout_ms / 1000,
+        max_rows=question.max_rows,
+        max_bytes=question.max_bytes,
+    )
+    questions = _questions(request)
+    result = questions.begin(asking, asked)
+    snapshot = ",".join(f"{cache}={number}" for cache, number in sorted(result.snapshot.items()))
+    return StreamingResponse(
+        _streamed(questions, asking, asked, result, encode(result, name, csv_safe=question.csv_safe)),
+        media_type=FORMATS[name].media_type,
+        headers={"X-Query-Id": asked.query_id, "X-Snapshot": snapshot},
+    )
+
+
+async def _streamed(
+    questions: SqlQuestions, asking: Principal, asked: SqlRequest, result: SqlResult, pieces: Iterator[bytes]
+) -> AsyncIterator[bytes]:
+    verdict = "interrupted"
+    try:
+        async for piece in iterate_in_threadpool(pieces):
+            yield piece
+        verdict = "answered"
+    except LogitLakeError as error:
+        verdict = problem_of(error).code
+        raise  # half the answer is out: the connection breaks, and no format of ours is whole without its end
+    finally:
+        with CancelScope(shield=True):
+            await to_thread.run_sync(result.close)
+        questions.end(asking, asked, result, verdict)
+
+
+def _cancel(
+    request: Request, asking: Asking, query_id: Annotated[str, Path(max_length=100, examples=["qry_0193…"])]
+) -> Response:
+    """End a question of one's own. What it has answered until then is all there is."""
+    asking.require("read")
+    questions = _questions(request)
+    if questions.asked_by.get(query_id) != asking.id or not questions.pool.cancel(query_id):
+        raise Problem("not_found", f"no question {query_id!r} of yours is under way")
+    return Response(status_code=204)
+
+
+def _schema(request: Request, asking: Asking) -> list[ViewDocument]:
+    """The views that SQL may ask, with their columns."""
+    asking.require("read")
+    questions = _questions(request)
+    if not questions.views:
+        caches = _caches(request.app.state.lake, asking, None)
+        with questions.pool.run(SqlRequest(_COLUMNS_OF_VIEWS, caches=caches)) as result:
+            rows = sorted(result.read_all().to_pylist(), key=itemgetter("number"))
+        questions.views = [
+            ViewDocument(
+                name=view,
+                columns=[
+                    ColumnDocument(name=row["name"], type=row["type"], doc=_DOCS.get(row["name"]))
+                    for row in rows
+                    if row["view"] == view
+                ],
+            )
+            for view in _VIEWS
+        ]
+    return questions.views
+
+
+def _format(accept: str) -> str:
+    """The first format that is accepted, JSON where anything is. Raises `Problem` `not_acceptable`."""
+    for part in accept.split(","):
+        media_type = part.partition(";")[0].strip().lower()
+        if media_type in ("*/*", "application/*", ""):
+            return _BY_MEDIA_TYPE[_JSON]
+        if media_type in _BY_MEDIA_TYPE:
+            return _BY_MEDIA_TYPE[media_type]
+    raise Problem("not_acceptable", f"answers are {', '.join(_BY_MEDIA_TYPE)}")
+
+
+def _caches(lake: Lake, asking: Principal, wanted: list[str] | None) -> tuple[str, ...] | None:
+    """What is asked of what may be seen; None for all there is. Raises `Problem` `not_found`."""
+    if wanted is None and asking.sees_all:
+        return None
+    seen = [name for name in lake.cache_names() if asking.sees(name)]
+    for name in wanted or ():
+        if name not in seen:
+            raise Problem("not_found", f"no cache {name!r}")
+    chosen = tuple(seen if wanted is None else dict.fromkeys(wanted))
+    if not chosen:
+        raise Problem("not_found", "no cache that you may ask")
+    return chosen

@@ -1,0 +1,181 @@
+"""SQL over HTTP: the answers of the lake's own SQL, in every format, of the caches that the token covers."""
+
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from logitlake_shared.catalog import open_catalog
+from logitlake_shared.web.tokens import TokenStore
+
+Teacher = Callable[..., tuple[Any, str]]
+QUESTION = "SELECT task, count(*) AS tokens, avg(entropy) AS entropy FROM tokens GROUP BY task ORDER BY task"
+# More than a core can do in an hour.
+ENDLESS = "SELECT sum(sqrt(a.range * b.range)) FROM range(10000000) a, range(10000000) b"
+TIMEOUT_S = 60
+READERS: dict[str, Callable[[bytes], pa.Table]] = {
+    "application/vnd.apache.arrow.stream": lambda data: pa.ipc.open_stream(data).read_all(),
+    "application/vnd.apache.parquet": lambda data: pq.read_table(io.BytesIO(data)),
+    "text/csv": lambda data: polars.read_csv(data).to_arrow(),
+    "application/x-ndjson": lambda data: pa.Table.from_pylist([json.loads(line) for line in data.splitlines()[:-1]]),
+}
+
+
+@pytest.fixture
+def client(teacher: Teacher) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=teacher()[1], timeout=TIMEOUT_S) as client:
+        yield client
+
+
+def ask(client: httpx.Client, sql: str, accept: str = "application/json", **more: Any) -> httpx.Response:
+    return client.post("/v1/sql", json={"sql": sql, **more}, headers={"accept": accept})
+
+
+@pytest.mark.parametrize("media_type", READERS)
+def test_every_format_holds_the_answer_of_the_lake(client: httpx.Client, small_lake: Path, media_type: str) -> None:
+    with open_catalog(small_lake) as catalog:
+        expected = catalog.query(QUESTION)
+    answer = ask(client, QUESTION, media_type)
+    assert answer.headers["content-type"].split(";")[0] == media_type
+    assert answer.headers["x-snapshot"] == "main=1,pairs=1"
+    table = READERS[media_type](answer.content)
+    assert table.column_names == expected.column_names
+    assert table.column("task").to_pylist() == expected.column("task").to_pylist()
+    assert table.column("entropy").to_pylist() == pytest.approx(expected.column("entropy").to_pylist())
+
+
+def test_parameters_and_snapshots_are_taken(client: httpx.Client) -> None:
+    answer = ask(
+        client, "SELECT $x + 1 AS y, (SELECT count(*) FROM caches) AS n", params={"x": 41}, snapshot={"main": 1}
+    )
+    assert answer.json()["rows"] == [[42, 2]]
+    assert ask(client, "SELECT ? AS y", params=["a"]).json()["rows"] == [["a"]]
+
+
+@pytest.mark.parametrize(
+    ("sql", "more", "status", "code"),
+    [
+        ("COPY (SELECT 1) TO '/tmp/x'", {}, 422, "query_refused"),
+        ("SELECT * FROM '/etc/passwd'", {}, 422, "query_refused"),
+        ("SELECT * FROM read_text('/etc/passwd')", {}, 422, "query_refused"),
+        ("SELECT nothing FROM tokens", {}, 422, "query_failed"),
+        ("SELEC 1", {}, 422, "query_failed"),
+        (ENDLESS, {"timeout_ms": 300}, 504, "timeout"),
+        ("SELECT 1", {"timeout_ms": 10**9}, 422, "query_failed"),
+        ("SELECT 1", {"snapshot": {"main": 99}}, 500, "lake_unusable"),
+        ("SELECT 1", {"caches": ["nope"]}, 404, "not_found"),
+        ("SELECT 1", {"caches": []}, 404, "not_found"),
+        ("SELECT 1", {"sq": 1}, 422, "invalid_request"),
+        ("", {}, 422, "invalid_request"),
+    ],
+)
+def test_what_is_not_answered_is_explained(
+    client: httpx.Client, sql: str, more: dict[str, Any], status: int, code: str
+) -> None:
+    answer = ask(client, sql, **more)
+    assert (answer.json()["code"], answer.status_code) == (code, status), answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_another_format_is_not_acceptable(client: httpx.Client) -> None:
+    assert ask(client, "SELECT 1", "text/html").status_code == 406
+    assert ask(client, "SELECT 1", "text/html, */*;q=0.1").status_code == 200
+
+
+def test_what_is_cut_short_says_so(client: httpx.Client) -> None:
+    answer = ask(client, "SELECT * FROM range(100)", max_rows=7).json()
+    assert (len(answer["rows"]), answer["truncated"]) == (7, "rows")
+
+
+def test_a_token_asks_its_caches_alone(teacher: Teacher, tokens: TokenStore) -> None:
+    """In every view; and another cache cannot be named."""
+    text, _ = tokens.create("main", "read", ("main",))
+    with httpx.Client(base_url=teacher()[1], headers={"authorization": f"Bearer {text}"}, timeout=TIMEOUT_S) as client:
+        question = " UNION ALL ".join(
+            f"SELECT DISTINCT '{view}' AS view, cache FROM {view}"
+            for view in ("samples", "tokens", "topk", "pairs", "images", "sample_index", "shards", "caches", "errors")
+        )
+        assert {cache for _, cache in ask(client, question).json()["rows"]} == {"main"}
+        for asked in ({"caches": ["pairs"]}, {"caches": ["main", "pairs"]}):
+            assert ask(client, "SELECT 1", **asked).status_code == 404
+        named = ask(client, "SELECT 1", snapshot={"pairs": 1})
+        assert named.status_code >= 400
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def endless(teacher: Teacher, tokens: TokenStore) -> Iterator[tuple[Any, str, str, list[httpx.Response]]]:
+    """A question that does not end, by a token of its own: the application, address, token, and what it is answered."""
+    app, url = teacher()
+    text, _ = tokens.create("patient", "read")
+    answers: list[httpx.Response] = []
+    headers = {"authorization": f"Bearer {text}"}
+    body = {"sql": ENDLESS, "timeout_ms": 50_000}
+    thread = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{url}/v1/sql", json=body, headers=headers, timeout=TIMEOUT_S))
+    )
+    thread.start()
+    until(lambda: app.state.questions.pool.num_running == 1)
+    yield app, url, text, answers
+    thread.join(TIMEOUT_S)
+    assert not thread.is_alive()
+
+
+def test_a_question_is_cancelled_by_whoever_asked_it(endless: Any, tokens: TokenStore) -> None:
+    app, url, text, answers = endless
+    (query_id,) = app.state.questions.asked_by
+    stranger, _ = tokens.create("stranger", "admin")
+    path = f"{url}/v1/queries/{query_id}"
+    assert httpx.delete(path, headers={"authorization": f"Bearer {stranger}"}).status_code == 404
+    assert httpx.delete(path, headers={"authorization": f"Bearer {text}"}).status_code == 204
+    until(lambda: bool(answers))
+    assert answers[0].json()["code"] == "query_cancelled"
+    assert httpx.delete(path, headers={"authorization": f"Bearer {text}"}).status_code == 404
+    assert not app.state.questions.asked_by
+
+
+def test_whoever_hangs_up_ends_the_question(teacher: Teacher) -> None:
+    """After the first bytes of an answer that has no end; nobody waits for its deadline."""
+    app, url = teacher()
+    body = {
+        "sql": "SELECT range, repeat('x', 1000) AS x FROM range(100000000)",
+        "timeout_ms": 50_000,
+        "max_rows": 10**6,
+    }
+    body["max_bytes"] = 2**28
+    with httpx.stream("POST", f"{url}/v1/sql", json=body, timeout=TIMEOUT_S) as answer:
+        next(answer.iter_bytes())
+        assert app.state.questions.pool.num_running == 1
+    until(lambda: app.state.questions.pool.num_running == 0)
+    until(lambda: not app.state.questions.asked_by)
+
+
+def test_how_questions_end_is_counted(client: httpx.Client) -> None:
+    ask(client, "SELECT 1")
+    ask(client, "DROP TABLE x")
+    text = client.get("/metrics").text
+    assert 'logitlake_sql_queries_total{verdict="answered"} 1.0' in text
+    assert 'logitlake_sql_queries_total{verdict="query_refused"} 1.0' in text
+
+
+def test_the_schema_names_every_view_and_its_columns(client: httpx.Client) -> None:
+    views = {view["name"]: view["columns"] for view in client.get("/v1/schema").json()}
+    for name, columns in views.items():
+        described = ask(client, f"DESCRIBE {name}").json()
+        assert [column["name"] for column in columns] == [row[0] for row in described["rows"]]
+    assert any(column["doc"] for column in views["samples"])
