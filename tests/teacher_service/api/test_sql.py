@@ -13,11 +13,15 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.served import served
 
 from logitlake_shared.catalog import open_catalog
 from logitlake_shared.web.tokens import TokenStore
+from logitlake_teacher.api.app import teacher_app
+from logitlake_teacher.config.serve import ServeConfig
 
 Teacher = Callable[..., tuple[Any, str]]
+GOLDEN = Path(__file__).parents[2] / "golden" / "format-1" / "lake"
 QUESTION = "SELECT task, count(*) AS tokens, avg(entropy) AS entropy FROM tokens GROUP BY task ORDER BY task"
 # More than a core can do in an hour.
 ENDLESS = "SELECT sum(sqrt(a.range * b.range)) FROM range(10000000) a, range(10000000) b"
@@ -30,9 +34,11 @@ READERS: dict[str, Callable[[bytes], pa.Table]] = {
 }
 
 
-@pytest.fixture
-def client(teacher: Teacher) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=teacher()[1], timeout=TIMEOUT_S) as client:
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    """Of a service over the golden lake, which nobody changes."""
+    app = teacher_app(ServeConfig(lake=str(GOLDEN)))
+    with served(app) as url, httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
         yield client
 
 
@@ -41,12 +47,12 @@ def ask(client: httpx.Client, sql: str, accept: str = "application/json", **more
 
 
 @pytest.mark.parametrize("media_type", READERS)
-def test_every_format_holds_the_answer_of_the_lake(client: httpx.Client, small_lake: Path, media_type: str) -> None:
-    with open_catalog(small_lake) as catalog:
+def test_every_format_holds_the_answer_of_the_lake(client: httpx.Client, media_type: str) -> None:
+    with open_catalog(GOLDEN) as catalog:
         expected = catalog.query(QUESTION)
     answer = ask(client, QUESTION, media_type)
     assert answer.headers["content-type"].split(";")[0] == media_type
-    assert answer.headers["x-snapshot"] == "main=1,pairs=1"
+    assert answer.headers["x-snapshot"] == "draws=2,exact=2,grid=2,pairs=1"
     table = READERS[media_type](answer.content)
     assert table.column_names == expected.column_names
     assert table.column("task").to_pylist() == expected.column("task").to_pylist()
@@ -54,10 +60,8 @@ def test_every_format_holds_the_answer_of_the_lake(client: httpx.Client, small_l
 
 
 def test_parameters_and_snapshots_are_taken(client: httpx.Client) -> None:
-    answer = ask(
-        client, "SELECT $x + 1 AS y, (SELECT count(*) FROM caches) AS n", params={"x": 41}, snapshot={"main": 1}
-    )
-    assert answer.json()["rows"] == [[42, 2]]
+    question = "SELECT $x + 1 AS y, (SELECT count(*) FROM caches) AS n"
+    assert ask(client, question, params={"x": 41}, snapshot={"grid": 1}).json()["rows"] == [[42, 4]]
     assert ask(client, "SELECT ? AS y", params=["a"]).json()["rows"] == [["a"]]
 
 
@@ -71,7 +75,7 @@ def test_parameters_and_snapshots_are_taken(client: httpx.Client) -> None:
         ("SELEC 1", {}, 422, "query_failed"),
         (ENDLESS, {"timeout_ms": 300}, 504, "timeout"),
         ("SELECT 1", {"timeout_ms": 10**9}, 422, "query_failed"),
-        ("SELECT 1", {"snapshot": {"main": 99}}, 500, "lake_unusable"),
+        ("SELECT 1", {"snapshot": {"grid": 99}}, 500, "lake_unusable"),
         ("SELECT 1", {"caches": ["nope"]}, 404, "not_found"),
         ("SELECT 1", {"caches": []}, 404, "not_found"),
         ("SELECT 1", {"sq": 1}, 422, "invalid_request"),
@@ -166,16 +170,23 @@ def test_whoever_hangs_up_ends_the_question(teacher: Teacher) -> None:
 
 
 def test_how_questions_end_is_counted(client: httpx.Client) -> None:
+    def counts() -> dict[str, float]:
+        lines = client.get("/metrics").text.splitlines()
+        named = (line.rpartition(" ") for line in lines if line.startswith("logitlake_sql_queries_total"))
+        return {name: float(count) for name, _, count in named}
+
+    before = counts()
     ask(client, "SELECT 1")
     ask(client, "DROP TABLE x")
-    text = client.get("/metrics").text
-    assert 'logitlake_sql_queries_total{verdict="answered"} 1.0' in text
-    assert 'logitlake_sql_queries_total{verdict="query_refused"} 1.0' in text
+    after = counts()
+    for verdict in ("answered", "query_refused"):
+        name = f'logitlake_sql_queries_total{{verdict="{verdict}"}}'
+        assert after[name] == before.get(name, 0) + 1
 
 
 def test_the_schema_names_every_view_and_its_columns(client: httpx.Client) -> None:
     views = {view["name"]: view["columns"] for view in client.get("/v1/schema").json()}
-    for name, columns in views.items():
-        described = ask(client, f"DESCRIBE {name}").json()
-        assert [column["name"] for column in columns] == [row[0] for row in described["rows"]]
+    assert list(views) == ["samples", "tokens", "topk", "pairs", "images", "sample_index", "shards", "caches", "errors"]
+    described = ask(client, "DESCRIBE tokens").json()
+    assert [column["name"] for column in views["tokens"]] == [row[0] for row in described["rows"]]
     assert any(column["doc"] for column in views["samples"])
