@@ -61,7 +61,6 @@ NODES: dict[str, frozenset[str]] = {
     # modifiers
     "DISTINCT_MODIFIER": _node("distinct_on_targets"),
     "LIMIT_MODIFIER": _node("limit limit_type offset"),
-    "LIMIT_PERCENT_MODIFIER": _node("limit offset"),
     "ORDER_MODIFIER": _node("orders"),
     "ORDER_DEFAULT": _node("expression null_order"),
     "ASCENDING": _node("expression null_order"),

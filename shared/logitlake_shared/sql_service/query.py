@@ -7,7 +7,7 @@ closed. Whoever finds the reason first ends it; the process is killed then, and 
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -186,6 +186,14 @@ def _read_stream(payload: bytes) -> pa.RecordBatchReader:
         batches = list(reader)
         for batch in batches:
             batch.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+        _check_names(reader.schema)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise WorkerEndedError("gave an answer that is none") from error
     return pa.RecordBatchReader.from_batches(reader.schema, batches)
+
+
+def _check_names(fields: Iterable[pa.Field]) -> None:
+    """Raises `UnicodeDecodeError` for a name that is none, wherever it is nested."""
+    for field in fields:
+        _ = field.name
+        _check_names(field.type.field(place) for place in range(field.type.num_fields))

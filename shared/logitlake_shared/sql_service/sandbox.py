@@ -123,7 +123,7 @@ def _clean_environment() -> str:
     kept = {name: value for name, value in os.environ.items() if name in _CLEAN}
     left = sorted(set(os.environ) - set(kept))
     if left:
-        raise _NotAvailableError(f"variables for the object store are kept: {', '.join(left)}")
+        raise _NotAvailableError(f"variables that a worker of a local lake would not have: {', '.join(left)}")
     return f"{len(kept)} variables, none of the service's"
 
 
