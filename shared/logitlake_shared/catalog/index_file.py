@@ -106,10 +106,13 @@ def attach(connection: duckdb.DuckDBPyConnection, path: Path, name: str) -> bool
     return False
 
 
-def copy_caches(connection: duckdb.DuckDBPyConnection, source: str, name: str, caches: Sequence[str]) -> None:
+def copy_caches(
+    connection: duckdb.DuckDBPyConnection, source: str, name: str, caches: Sequence[str], *, index: bool
+) -> None:
     """Copies what the attached catalog `source` says of these caches into the schema `name`, and detaches it.
 
-    So no question can reach what it says of the others, whatever way it finds.
+    So no question can reach what it says of the others, whatever way it finds. Without `index`, the one large table,
+    `sample_index` stays empty.
     """
     chosen = ", ".join(quoted(cache) for cache in caches) or "NULL"
     connection.execute(f"CREATE SCHEMA {name}")
@@ -117,7 +120,7 @@ def copy_caches(connection: duckdb.DuckDBPyConnection, source: str, name: str, c
         connection.execute(f"CREATE TABLE {name}.{table} AS FROM {source}.{table} WHERE cache IN ({chosen})")
     connection.execute(
         f"CREATE TABLE {name}.sample_index AS "
-        f"FROM {source}.sample_index WHERE shard IN (SELECT shard FROM {name}.shards)"
+        f"FROM {source}.sample_index WHERE {index} AND shard IN (SELECT shard FROM {name}.shards)"
     )
     connection.execute(f"DETACH {source}")
 

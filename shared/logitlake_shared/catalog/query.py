@@ -82,7 +82,7 @@ class Catalog:
     `caches` names the only ones that there are for this catalog, `snapshots` says where a cache is pinned (else at its
     newest snapshot). `connection`, a fresh one to a database in memory, is used and locked; else one is made.
     `has_disk` is false for a process that can write no file: it cannot fetch the published file from an object store,
-    and works without it.
+    and works without it. `has_index` is false where nobody will ask for `sample_index`, which of some caches is a copy.
 
     Raises `LakeError` when no cache has a snapshot yet, `LakeCorruptError` when the published file is damaged.
     """
@@ -95,17 +95,17 @@ class Catalog:
         snapshots: Mapping[str, int] | None = None,
         connection: duckdb.DuckDBPyConnection | None = None,
         has_disk: bool = True,
+        has_index: bool = True,
     ) -> None:
         self._lake = lake
         self._pinned = {pin.cache.name: pin for pin in pin(lake, caches, snapshots)}
-        self._only = None if caches is None else sorted(self._pinned)
         self._failure: LakeError | None = None
         self._opened = OpenShards()
         self._shards: dict[ShardKind, ShardRows] = {}
         self._connection = duckdb.connect(":memory:") if connection is None else connection
         with ExitStack() as undo:
             undo.callback(self.close)
-            known = self._attach_published(has_disk=has_disk)
+            known = self._attach_published(partial=caches is not None, has_disk=has_disk, has_index=has_index)
             self._late = [pin for pin in self._pinned.values() if pin.identity not in known]
             try:
                 self._create_tables([pin for pin in self._pinned.values() if pin.identity in known])
@@ -169,7 +169,7 @@ class Catalog:
     ) -> None:
         self.close()
 
-    def _attach_published(self, *, has_disk: bool) -> set[tuple[str, int, str, str]]:
+    def _attach_published(self, *, partial: bool, has_disk: bool, has_index: bool) -> set[tuple[str, int, str, str]]:
         """Attaches the newest published file as `cat`, or makes an empty one; returns what it was made from."""
         store = self._lake.store
         number = newest_number(store) if has_disk or store.root is not None else 0
@@ -177,12 +177,14 @@ class Catalog:
             # DuckDB keeps the file open; its name is not needed any longer.
             with TemporaryDirectory(prefix="logitlake-catalog-") if has_disk else nullcontext(os.devnull) as folder:
                 path = fetch(store, number, Path(folder))
-                name = "cat" if self._only is None else "published"
                 try:
-                    if attach(self._connection, path, name):
-                        known = identities(self._connection, name)
-                        if self._only is not None:
-                            copy_caches(self._connection, name, "cat", self._only)
+                    if attach(self._connection, path, "cat"):
+                        known = identities(self._connection, "cat")
+                        if not partial or {identity[0] for identity in known} <= self._pinned.keys():
+                            return known
+                        self._connection.execute("DETACH cat")
+                        attach(self._connection, path, "published")
+                        copy_caches(self._connection, "published", "cat", list(self._pinned), index=has_index)
                         return known
                 except duckdb.Error as error:
                     raise LakeCorruptError(

@@ -66,7 +66,9 @@ def encode(answer: Answer, name: str, *, csv_safe: bool = False) -> Iterator[byt
     """
     if name not in FORMATS:
         raise QueryError(f"format {name!r}: expected one of {', '.join(FORMATS)}")
-    return _csv(answer, safe=csv_safe) if name == "csv" else FORMATS[name].encode(answer)
+    pieces = _csv(answer, safe=csv_safe) if name == "csv" else FORMATS[name].encode(answer)
+    # An empty piece would be the end of a body that is sent in chunks.
+    return (piece for piece in pieces if piece)
 
 
 def _arrow(answer: Answer) -> Iterator[bytes]:

@@ -99,10 +99,15 @@ def run(
     connection: duckdb.DuckDBPyConnection, lake: str, request: SqlRequest, threads: int, started: float
 ) -> Iterator[bytes]:
     """The frames of the answer. Raises `LogitLakeError`."""
-    Gate(connection).judge(request.sql)
+    relations = Gate(connection).judge(request.sql)
     connection.execute(f"SET threads = {threads:d}")
     with Catalog(
-        Lake.open(lake), caches=request.caches, snapshots=request.snapshot, connection=connection, has_disk=False
+        Lake.open(lake),
+        caches=request.caches,
+        snapshots=request.snapshot,
+        connection=connection,
+        has_disk=False,
+        has_index="sample_index" in relations,
     ) as catalog:
         reader = catalog.query_batches(request.sql, request.params, _BATCH_ROWS)
         yield frame(b"S", json.dumps({"snapshot": catalog.snapshots}).encode())

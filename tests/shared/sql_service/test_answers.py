@@ -46,6 +46,19 @@ def test_only_the_callers_caches_are_there(lake: Path, pool: SqlPool) -> None:
     assert everything.column("cache").to_pylist() == ["hidden", "main", "pairs"]
 
 
+def test_a_catalog_of_some_caches_holds_nothing_of_others(lake: Path) -> None:
+    """Even past the gate there is no way to another cache: neither attached, nor in a table that no view shows."""
+    for index in (True, False):
+        with Catalog(Lake.open(lake), caches=("main",), has_index=index) as catalog:
+            ask = catalog._connection.execute
+            attached = {name for (name,) in ask("SELECT database_name FROM duckdb_databases()").fetchall()}
+            assert attached == {"memory", "system", "temp"}
+            for table in ("caches", "shards", "errors"):
+                assert {name for (name,) in ask(f"SELECT cache FROM cat.{table}").fetchall()} <= {"main"}
+            # The published catalog knows snapshot 1 of two units; what came since is read from the shards.
+            assert ask("SELECT count(*) FROM cat.sample_index").fetchall() == [(6 if index else 0,)]
+
+
 def test_no_cache_is_no_answer(pool: SqlPool) -> None:
     """Without a cache, or with one that is not there, the lake says nothing, and names no other one."""
     for caches in ((), ("nowhere",), ("main", "../hidden")):
