@@ -31,6 +31,7 @@ from logitlake_shared.web.problems import (
     problem_of,
     problem_of_status,
 )
+from logitlake_shared.web.sessions import OPEN_PATHS, session_routes
 from logitlake_shared.web.settings import ServiceSettings
 from logitlake_shared.web.tokens import TokenStore
 
@@ -86,7 +87,7 @@ def make_app(
         door=Door(service.tokens, frozenset(settings.host_names)),
         limits=service.limits,
         metrics=HttpMetrics(service.registry),
-        is_open=_PROBES,
+        is_open=(*_PROBES, *OPEN_PATHS),
     )
     app = FastAPI(
         title=f"LogitLake {name}",
@@ -106,6 +107,7 @@ def make_app(
     app.add_exception_handler(HTTPException, _status_answered)
     app.add_exception_handler(RequestValidationError, _invalid_answered)
     app.include_router(_operation())
+    app.include_router(session_routes(service.tokens))
     for router in routers:
         app.include_router(router)
     return app
@@ -136,26 +138,21 @@ def _operation() -> APIRouter:
     return router
 
 
-def _request_id(request: Request) -> str | None:
-    request_id: str | None = getattr(request.state, "request_id", None)
-    return request_id
+def _answered(request: Request, error: Exception) -> Response:
+    return problem_response(problem_of(error), request)
 
 
-def _answered(request: Request, error: Exception) -> JSONResponse:
-    return problem_response(problem_of(error), _request_id(request))
-
-
-def _status_answered(request: Request, error: Exception) -> JSONResponse:
+def _status_answered(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     detail = f"{request.method} {request.url.path}"
-    return problem_response(problem_of_status(error.status_code, detail, error.headers), _request_id(request))
+    return problem_response(problem_of_status(error.status_code, detail, error.headers), request)
 
 
-def _invalid_answered(request: Request, error: Exception) -> JSONResponse:
+def _invalid_answered(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     faults = [_field_error(fault) for fault in error.errors()]
     detail = "; ".join(f"{fault.pointer[1:].replace('/', '.')}: {fault.detail}" for fault in faults[:3])
-    return problem_response(Problem("invalid_request", detail, faults), _request_id(request))
+    return problem_response(Problem("invalid_request", detail, faults), request)
 
 
 def _field_error(fault: Mapping[str, Any]) -> FieldError:

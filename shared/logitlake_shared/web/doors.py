@@ -13,10 +13,12 @@ from starlette.requests import HTTPConnection
 
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.web.problems import Problem
+from logitlake_shared.web.sessions import COOKIE, is_from_here
 from logitlake_shared.web.tokens import SCOPES, Token, TokenScope, TokenStore
 
 __all__ = ["Door", "Principal", "check_listening", "principal_of"]
 
+_SAFE_METHODS = frozenset({"GET", "HEAD"})
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
 
 
@@ -72,6 +74,10 @@ class Door:
             return Principal(None)
         assert self._tokens is not None
         kind, _, text = connection.headers.get("authorization", "").partition(" ")
+        if not kind and (text := connection.cookies.get(COOKIE, "")):
+            if connection.scope.get("method") not in _SAFE_METHODS and not is_from_here(connection):
+                raise Problem("forbidden", "a page of another site made this request")
+            kind = "bearer"
         token = self._tokens.find(text.strip()) if kind.lower() == "bearer" else None
         if token is None:
             raise Problem("unauthenticated", "no valid token was sent", headers={"WWW-Authenticate": "Bearer"})

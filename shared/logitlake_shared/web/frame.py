@@ -8,14 +8,16 @@ import logging
 import re
 import time
 from collections.abc import Collection
+from urllib.parse import urlencode
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logitlake_shared.web.doors import Door, Principal
+from logitlake_shared.web.html import problem_page, wants_page
 from logitlake_shared.web.ids import new_id
 from logitlake_shared.web.limits import Limits
 from logitlake_shared.web.logs import REQUEST_ID
@@ -28,7 +30,9 @@ _log = logging.getLogger("logitlake.access")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "PROPFIND", "OPTIONS"})
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -93,7 +97,7 @@ class Frame:
                     _log.exception("an unexpected error")
                 if status:
                     raise  # half an answer is out: the connection must break, or the other half would be missed
-                await problem_response(problem, request_id)(scope, receive, framed)
+                await problem_response(problem, HTTPConnection(scope))(scope, receive, framed)
         finally:
             self._tell(scope, status, time.perf_counter() - started)
             REQUEST_ID.reset(token)
@@ -123,6 +127,11 @@ class Frame:
         _log.log(level, "%s %s", scope["method"], scope["path"], extra=facts)
 
 
-def problem_response(problem: Problem, request_id: str | None) -> JSONResponse:
-    """The answer that is an error."""
-    return JSONResponse(problem.document(request_id), problem.status, dict(problem.headers), MEDIA_TYPE)
+def problem_response(problem: Problem, connection: HTTPConnection) -> Response:
+    """The answer that is an error: for a browser a page, or the way to log in, else the RFC's document."""
+    request_id: str | None = getattr(connection.state, "request_id", None)
+    if not wants_page(connection):
+        return JSONResponse(problem.document(request_id), problem.status, dict(problem.headers), MEDIA_TYPE)
+    if problem.code == "unauthenticated" and connection.scope["method"] == "GET":
+        return RedirectResponse(f"/login?{urlencode({'then': connection.scope['path']})}", 303)
+    return problem_page(problem, connection, request_id)

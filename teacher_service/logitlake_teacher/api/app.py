@@ -11,6 +11,7 @@ from logitlake_shared.sql_service import SqlPool
 from logitlake_shared.web.app import make_app
 from logitlake_teacher.api.caches import cache_routes
 from logitlake_teacher.api.files import files_route
+from logitlake_teacher.api.pages import page_routes
 from logitlake_teacher.api.sql import SqlQuestions, sql_routes
 from logitlake_teacher.config.serve import ServeConfig
 
@@ -34,7 +35,7 @@ def teacher_app(config: ServeConfig) -> FastAPI:
             app.state.questions = SqlQuestions(pool, app.state.service.registry)
             yield
 
-    routers = [cache_routes(), sql_routes()]
+    routers = [cache_routes(), sql_routes(), page_routes()]
     app = make_app("teacher", config.service, routers, {"lake": lake_is_there}, life)
     app.state.lake = lake
     app.state.tokenizer = config.tokenizer

@@ -18,7 +18,7 @@ from logitlake_shared.tools.inspect_sample import FoundSample, find_sample, stor
 from logitlake_shared.tools.token_text import find_token_text
 from logitlake_shared.web.cursors import Cursor, Limit, Page, page_of
 from logitlake_shared.web.doors import Principal, principal_of
-from logitlake_shared.web.problems import Problem
+from logitlake_shared.web.problems import Problem, scrubbed
 from logitlake_teacher.api.documents import (
     CacheDocument,
     FileDocument,
@@ -28,7 +28,7 @@ from logitlake_teacher.api.documents import (
 )
 from logitlake_teacher.api.files import FILES
 
-__all__ = ["cache_routes"]
+__all__ = ["CacheOf", "SampleId", "cache_document", "cache_routes", "found_sample", "image_url", "lake_of"]
 
 Asking = Annotated[Principal, Depends(principal_of)]
 Name = Annotated[str, Path(max_length=100, examples=["main"])]
@@ -37,7 +37,8 @@ SampleId = Annotated[str, Path(max_length=4096, examples=["train-00145-0-caption
 _IMAGE_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
 
-def _lake(request: Request) -> Lake:
+def lake_of(request: Request) -> Lake:
+    """The lake that is served."""
     lake: Lake = request.app.state.lake
     return lake
 
@@ -45,7 +46,7 @@ def _lake(request: Request) -> Lake:
 def _cache(request: Request, asking: Asking, cache: Name) -> Cache:
     """The cache of the path, if it is there for whoever asks."""
     asking.require("read", cache)
-    lake = _lake(request)
+    lake = lake_of(request)
     if cache not in lake.cache_names():
         raise Problem("not_found", f"no cache {cache!r}")
     return lake.cache(cache)
@@ -70,17 +71,16 @@ def cache_routes() -> APIRouter:
 def _list_caches(request: Request, asking: Asking, limit: Limit = 50, cursor: Cursor = None) -> Page[CacheDocument]:
     """The caches that the token covers, by name."""
     asking.require("read")
-    lake = _lake(request)
+    lake = lake_of(request)
     names = [(name, name) for name in lake.cache_names() if asking.sees(name)]
     page = page_of(names, "caches", limit, cursor)
-    return Page(
-        data=[_document(lake.cache(name)) for name in page.data], next_cursor=page.next_cursor, has_more=page.has_more
-    )
+    caches = [cache_document(lake.cache(name)) for name in page.data]
+    return Page(data=caches, next_cursor=page.next_cursor, has_more=page.has_more)
 
 
 def _one_cache(cache: CacheOf) -> CacheDocument:
     """One cache, with the figures of its newest snapshot."""
-    return _document(cache)
+    return cache_document(cache)
 
 
 def _one_snapshot(cache: CacheOf, number: Annotated[int, Path(ge=1)]) -> SnapshotDocument:
@@ -139,9 +139,10 @@ def _one_sample(
     top: Annotated[int, Query(ge=1, le=100, description="stored entries of each token")] = 5,
 ) -> SampleDocument:
     """A sample or a pair, token by token, with what the teacher would have said instead."""
-    found = _found(_lake(request), cache, sample_id)
-    view = view_sample(found, *find_token_text(cache.spec, request.app.state.tokenizer), top=top)
-    images = [asdict(image) | {"url": _image_url(cache, image.sha256, sample_id)} for image in view.images]
+    found = found_sample(lake_of(request), cache, sample_id)
+    decode, note = find_token_text(cache.spec, request.app.state.tokenizer)
+    view = view_sample(found, decode, scrubbed(note), top=top)
+    images = [asdict(image) | {"url": image_url(cache, image.sha256, sample_id)} for image in view.images]
     for image in images:
         del image["saved_to"]
     return SampleDocument.model_validate(asdict(view) | {"images": images})
@@ -155,18 +156,20 @@ def _one_image(
 ) -> Response:
     """An image as it was captured, byte for byte."""
     try:
-        record = stored_images(_found(_lake(request), cache, sample_id), [sha256])[sha256]
+        record = stored_images(found_sample(lake_of(request), cache, sample_id), [sha256])[sha256]
     except DataError:
         raise Problem("not_found", f"sample {sample_id!r} of cache {cache.name!r} has no such image") from None
     headers = {"ETag": f'"{sha256}"', "Cache-Control": "private, max-age=31536000, immutable"}
     return Response(record["data"], 200, headers, _IMAGE_TYPES.get(record["format"], "application/octet-stream"))
 
 
-def _image_url(cache: Cache, sha256: str, sample_id: str) -> str:
+def image_url(cache: Cache, sha256: str, sample_id: str) -> str:
+    """Where an image of a sample is."""
     return f"/v1/caches/{cache.name}/images/{sha256}?{urlencode({'sample_id': sample_id})}"
 
 
-def _document(cache: Cache) -> CacheDocument:
+def cache_document(cache: Cache) -> CacheDocument:
+    """A cache as its newest snapshot shows it."""
     snapshot = cache.open_snapshot() if cache.has_snapshot() else None
     return CacheDocument(
         name=cache.name,
@@ -185,7 +188,8 @@ def _snapshot(cache: Cache, number: int) -> Snapshot:
     return newest if number == newest.number else cache.open_snapshot(number)
 
 
-def _found(lake: Lake, cache: Cache, sample_id: str) -> FoundSample:
+def found_sample(lake: Lake, cache: Cache, sample_id: str) -> FoundSample:
+    """Where a sample or pair lies. Raises `Problem` `not_found`."""
     try:
         return find_sample(lake, sample_id, cache.name)
     except DataError:

@@ -27,7 +27,7 @@ from logitlake_shared.web.doors import Principal, principal_of
 from logitlake_shared.web.problems import Problem, problem_of
 from logitlake_teacher.api.documents import ColumnDocument, ViewDocument
 
-__all__ = ["SqlQuestions", "sql_routes"]
+__all__ = ["SqlQuestions", "caches_asked", "questions_of", "sql_routes"]
 
 _log = logging.getLogger("logitlake.sql")
 
@@ -115,7 +115,8 @@ def sql_routes() -> APIRouter:
     return router
 
 
-def _questions(request: Request) -> SqlQuestions:
+def questions_of(request: Request) -> SqlQuestions:
+    """Those of the service that a request came to."""
     questions: SqlQuestions = request.app.state.questions
     return questions
 
@@ -128,14 +129,14 @@ def _ask(
     name = _format(accept)
     asked = SqlRequest(
         question.sql,
-        caches=_caches(request.app.state.lake, asking, question.caches),
+        caches=caches_asked(request.app.state.lake, asking, question.caches),
         params=question.params,
         snapshot=question.snapshot,
         timeout_s=None if question.timeout_ms is None else question.timeout_ms / 1000,
         max_rows=question.max_rows,
         max_bytes=question.max_bytes,
     )
-    questions = _questions(request)
+    questions = questions_of(request)
     result = questions.begin(asking, asked)
     snapshot = ",".join(f"{cache}={number}" for cache, number in sorted(result.snapshot.items()))
     return StreamingResponse(
@@ -167,7 +168,7 @@ def _cancel(
 ) -> Response:
     """End a question of one's own. What it has answered until then is all there is."""
     asking.require("read")
-    questions = _questions(request)
+    questions = questions_of(request)
     if questions.asked_by.get(query_id) != asking.id or not questions.pool.cancel(query_id):
         raise Problem("not_found", f"no question {query_id!r} of yours is under way")
     return Response(status_code=204)
@@ -176,9 +177,9 @@ def _cancel(
 def _schema(request: Request, asking: Asking) -> list[ViewDocument]:
     """The views that SQL may ask, with their columns."""
     asking.require("read")
-    questions = _questions(request)
+    questions = questions_of(request)
     if not questions.views:
-        caches = _caches(request.app.state.lake, asking, None)
+        caches = caches_asked(request.app.state.lake, asking, None)
         with questions.pool.run(SqlRequest(_COLUMNS_OF_VIEWS, caches=caches)) as result:
             rows = sorted(result.read_all().to_pylist(), key=itemgetter("number"))
         questions.views = [
@@ -206,7 +207,7 @@ def _format(accept: str) -> str:
     raise Problem("not_acceptable", f"answers are {', '.join(_BY_MEDIA_TYPE)}")
 
 
-def _caches(lake: Lake, asking: Principal, wanted: list[str] | None) -> tuple[str, ...] | None:
+def caches_asked(lake: Lake, asking: Principal, wanted: list[str] | None) -> tuple[str, ...] | None:
     """What is asked of what may be seen; None for all there is. Raises `Problem` `not_found`."""
     if wanted is None and asking.sees_all:
         return None
