@@ -3,8 +3,8 @@
     with SqlPool("lake") as pool, pool.run(SqlRequest("SELECT count(*) FROM tokens", caches=("main",))) as result:
         for batch in result: ...
 
-A pool keeps `num_warm` workers ready, lets `num_running` questions run, and lets `num_waiting` more wait in the order
-in which they came. It promises:
+A pool has one nursery, which forks workers. It keeps `num_warm` of them ready, lets `num_running` questions run, and
+lets `num_waiting` more wait in the order in which they came. It promises:
 
 * a question ends at most a second after its deadline, whatever it does: its process is killed. Parsing, `levenshtein`
   and friends cannot be interrupted, so nothing gentler would do;
@@ -12,8 +12,8 @@ in which they came. It promises:
 * a place is free as soon as its question ended, also when nobody reads the answer;
 * closing it leaves no process.
 
-One thread, the keeper, starts workers, looks after those that wait and kills those that are late; nothing that it does
-takes long. Whoever asks reads the answer in their own thread. DuckDB is not imported here.
+One thread, the keeper, has workers forked, looks after those that wait and kills those that are late; nothing that it
+does takes long. Whoever asks reads the answer in their own thread. DuckDB is not imported here.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ from logitlake_shared.errors import (
     QueryCrashedError,
     QueryError,
 )
-from logitlake_shared.sql_service.process import TooLateError, WorkerEndedError, WorkerProcess
+from logitlake_shared.sql_service.process import Nursery, TooLateError, WorkerEndedError, WorkerProcess
 from logitlake_shared.sql_service.query import Query, SqlResult
-from logitlake_shared.sql_service.records import SqlLimits, SqlRequest, frame
+from logitlake_shared.sql_service.records import ASK_LAYERS, SqlLimits, SqlRequest, frame, is_remote
 from logitlake_shared.sql_service.sandbox import Layer
 
 __all__ = ["SqlPool", "layers"]
@@ -59,7 +59,8 @@ class SqlPool:
         self._changed = threading.Condition()
         self._closed = False
         self._ready: deque[WorkerProcess] = deque()
-        self._starting: dict[WorkerProcess, float] = {}
+        self._nursery: Nursery | None = None
+        self._nursery_until = 0.0
         self._wanted = 0  # by questions that may run and have no worker yet
         self._failed_starts, self._start_again_at, self._last_words = 0, 0.0, ""
         self._queries: dict[str, Query] = {}
@@ -112,11 +113,12 @@ class SqlPool:
         """How many questions wait for another one to end."""
         return len(self._waiting)
 
-    def worker_pids(self) -> list[int]:
-        """The processes that there are now: ready, starting and answering."""
+    def pids(self) -> list[int]:
+        """The processes that there are now: the one that forks workers, and those that are ready or answer."""
         with self._changed:
             answering = [query.worker for query in self._queries.values() if query.worker is not None]
-            return [worker.pid for worker in (*self._ready, *self._starting, *answering)]
+            nursery = [] if self._nursery is None else [self._nursery.pid]
+            return [*nursery, *(worker.pid for worker in (*self._ready, *answering))]
 
     def wait_ready(self, timeout_s: float = _START_TIMEOUT_S) -> None:
         """Waits until `num_warm` workers are ready. Raises `QueryCrashedError` where they do not start."""
@@ -139,10 +141,11 @@ class SqlPool:
             query.end("closed")
         self._wake()
         self._keeper.join()
-        for worker in (*self._ready, *self._starting):
+        for worker in self._ready:
             worker.close()
         self._ready.clear()
-        self._starting.clear()
+        if self._nursery is not None:
+            self._nursery.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
 
@@ -225,12 +228,12 @@ class SqlPool:
         return error
 
     def _cannot_start(self) -> bool:
-        return self._failed_starts >= _MAX_STARTS_FAILED and not self._starting
+        return self._failed_starts >= _MAX_STARTS_FAILED
 
     def _not_started(self) -> QueryCrashedError:
         return QueryCrashedError(
             f"no worker could be started ({self._last_words or 'too late'}); look whether `python -c "
-            "'import logitlake_shared.sql_service.worker'` works, and at the memory of the machine"
+            "'import logitlake_shared.sql_service.nursery'` works, and at the memory of the machine"
         )
 
     # The keeper.
@@ -252,25 +255,53 @@ class SqlPool:
             self._end_late()
 
     def _start_missing(self) -> None:
-        while True:
+        while not self._closed and self._has_nursery():
             with self._changed:
-                there = len(self._ready) + len(self._starting)
-                wanted = self.limits.num_warm + self._wanted
-                if self._closed or there >= wanted or time.monotonic() < self._start_again_at:
+                if len(self._ready) >= self.limits.num_warm + self._wanted:
                     return
+            assert self._nursery is not None
             try:
-                worker = WorkerProcess(self._lake, self.limits)
-            except OSError as error:
-                self._start_failed(str(error))
+                worker = self._nursery.spawn()
+            except WorkerEndedError as error:
+                self._give_up_nursery(f"it {error}")
                 return
             with self._changed:
-                self._starting[worker] = time.monotonic() + _START_TIMEOUT_S
+                self._failed_starts = 0
+                self._ready.append(worker)
+                self._changed.notify_all()
+
+    def _has_nursery(self) -> bool:
+        """Whether workers can be forked now; else one is started, or waited for, or failed."""
+        nursery, now = self._nursery, time.monotonic()
+        if nursery is not None and nursery.is_ready:
+            return True
+        if nursery is not None and nursery.is_gone:
+            self._give_up_nursery(nursery.last_words())
+        elif nursery is not None and now > self._nursery_until:
+            self._give_up_nursery(f"it was not ready after {_START_TIMEOUT_S:g} s")
+        elif nursery is None and now >= self._start_again_at:
+            try:
+                self._nursery = Nursery(self._lake, self.limits, self._wake)
+                self._nursery_until = now + _START_TIMEOUT_S
+            except OSError as error:
+                self._give_up_nursery(str(error))
+        return False
+
+    def _give_up_nursery(self, words: str) -> None:
+        if self._nursery is not None:
+            self._nursery.close()
+            self._nursery = None
+        with self._changed:
+            self._failed_starts += 1
+            self._last_words = words
+            self._start_again_at = time.monotonic() + _START_AGAIN_S * 2 ** min(self._failed_starts, 6)
+            self._changed.notify_all()
 
     def _watched(self) -> tuple[select.poll, dict[int, WorkerProcess]]:
         poll = select.poll()
         poll.register(self._wake_read, select.POLLIN)
         with self._changed:
-            workers = {worker.output: worker for worker in (*self._ready, *self._starting)}
+            workers = {worker.output: worker for worker in self._ready}
         for handle in workers:
             poll.register(handle, select.POLLIN)
         return poll, workers
@@ -280,44 +311,19 @@ class SqlPool:
         now = time.monotonic()
         with self._changed:
             moments = [self._deadlines[0][0]] if self._deadlines else []
-            moments += list(self._starting.values())
-            if self._start_again_at > now:
+            if self._nursery is None:
                 moments.append(self._start_again_at)
+            elif not self._nursery.is_ready:
+                moments.append(self._nursery_until)
         return max(0.0, min([moment - now for moment in moments], default=60.0))
 
     def _heard(self, worker: WorkerProcess) -> None:
-        """A worker that starts is ready or ended; one that is ready has nothing to say, so it ended."""
+        """A worker that waits has nothing to say, so it ended."""
         with self._changed:
-            is_starting = worker in self._starting
-            if not is_starting and worker not in self._ready:
+            if worker not in self._ready:
                 return  # somebody took it, and reads
-            if not is_starting:
-                self._ready.remove(worker)
-        if not is_starting:
-            worker.close()
-            return
-        try:
-            # What it writes is a header: it is here as a whole, or the process is at its end.
-            kind, _ = worker.read_frame(time.monotonic() + 1.0)
-        except (WorkerEndedError, TooLateError) as error:
-            kind = b""
-            words = worker.last_words() or str(error)
-        with self._changed:
-            del self._starting[worker]
-            if kind == b"R":
-                self._failed_starts = 0
-                self._ready.append(worker)
-                self._changed.notify_all()
-                return
+            self._ready.remove(worker)
         worker.close()
-        self._start_failed(words if not kind else "it said something else than that it is ready")
-
-    def _start_failed(self, words: str) -> None:
-        with self._changed:
-            self._failed_starts += 1
-            self._last_words = words
-            self._start_again_at = time.monotonic() + _START_AGAIN_S * 2 ** min(self._failed_starts, 6)
-            self._changed.notify_all()
 
     def _end_late(self) -> None:
         now = time.monotonic()
@@ -326,14 +332,8 @@ class SqlPool:
             while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].reason):
                 query = heapq.heappop(self._deadlines)[2]
                 late.append(lambda query=query: query.end("timeout"))  # type: ignore[misc]
-            stuck = [worker for worker, until in self._starting.items() if until <= now]
-            for worker in stuck:
-                del self._starting[worker]
         for end in late:
             end()
-        for worker in stuck:
-            worker.close()
-            self._start_failed(f"it was not ready after {_START_TIMEOUT_S:g} s")
 
 
 def layers(lake_uri: str | Path, limits: SqlLimits | None = None) -> list[Layer]:
@@ -341,17 +341,24 @@ def layers(lake_uri: str | Path, limits: SqlLimits | None = None) -> list[Layer]
 
     Asks a worker, which enters them. Raises `QueryCrashedError` where none can be started.
     """
-    worker = WorkerProcess(_absolute(str(lake_uri)), limits or SqlLimits(), layers=True)
+    nursery = Nursery(_absolute(str(lake_uri)), limits or SqlLimits(), lambda: None)
     try:
-        _, payload = worker.read_frame(time.monotonic() + _START_TIMEOUT_S)
+        if not nursery.wait_ready(_START_TIMEOUT_S):
+            raise WorkerEndedError(nursery.last_words())
+        worker, deadline = nursery.spawn(), time.monotonic() + _START_TIMEOUT_S
+        try:
+            worker.send(frame(b"Q", ASK_LAYERS), deadline)
+            _, payload = worker.read_frame(deadline)
+        finally:
+            worker.close()
         return [Layer(str(said["name"]), bool(said["active"]), str(said["detail"])) for said in json.loads(payload)]
     except (WorkerEndedError, TooLateError, ValueError, KeyError, TypeError) as error:
-        raise QueryCrashedError(f"no worker could be started ({worker.last_words() or error})") from error
+        raise QueryCrashedError(f"no worker could be started ({error})") from error
     finally:
-        worker.close()
+        nursery.close()
 
 
 def _absolute(lake: str) -> str:
-    if "://" in lake:
+    if is_remote(lake):
         return lake
-    return str(Path(lake).expanduser().resolve())
+    return str(Path(lake.removeprefix("file://")).expanduser().resolve())

@@ -1,4 +1,4 @@
-"""One worker process as the pool sees it: started, asked, heard, killed.
+"""Processes as the pool sees them: a nursery that forks workers, and a worker that is asked, heard, killed.
 
 The pool imports no DuckDB: what can crash is on the other side of two pipes. Nothing that comes through them is
 believed: a frame has a kind and a length that it may have, a message is text, an error one of a list.
@@ -9,21 +9,23 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from logitlake_shared import errors
 from logitlake_shared.errors import LogitLakeError, QueryCrashedError
-from logitlake_shared.sql_service.records import FRAME_HEADER, SqlLimits
+from logitlake_shared.sql_service.records import FRAME_HEADER, MESSAGE, SqlLimits, is_remote
 
-__all__ = ["TooLateError", "WorkerEndedError", "WorkerProcess", "raised_again"]
+__all__ = ["Nursery", "TooLateError", "WorkerEndedError", "WorkerProcess", "raised_again"]
 
-# Arrow imports pandas where it is installed; a worker has no use for it, and starts in two thirds of the time without.
+# Arrow imports pandas where it is installed; a worker has no use for it, and all is there in two thirds of the time.
 _PROGRAM = """
 import sys
 class NoPandas:
@@ -32,13 +34,15 @@ class NoPandas:
         if name == "pandas":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, NoPandas)
-from logitlake_shared.sql_service.worker import main
+from logitlake_shared.sql_service.nursery import main
 main()
 """
 # A frame holds at most one batch, with what Arrow puts around it.
 _FRAME_EXTRA_BYTES = 2**20
 # From the signal that nobody can refuse, or from the end of its output, to its end.
 _END_TIMEOUT_S = 5.0
+# A fork takes milliseconds; a machine that swaps takes its time.
+_FORK_TIMEOUT_S = 10.0
 _STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_", "OBJECT_STORE_", "SSL_CERT_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _RAISED = frozenset(
     {
@@ -65,35 +69,143 @@ class TooLateError(Exception):
     """The worker did not say anything by the deadline."""
 
 
-class WorkerProcess:
-    """One process and the pipes to it. Killing is safe from any thread; the pipes have one user at a time."""
+class Nursery:
+    """The process that forks workers.
 
-    def __init__(self, lake: str, limits: SqlLimits, *, layers: bool = False) -> None:
-        remote = "://" in lake and not lake.startswith("file://")
-        given = asdict(limits) | {"lake": lake, "layers": layers}
-        self._process = subprocess.Popen(
-            [sys.executable, "-B", "-P", "-c", _PROGRAM, json.dumps(given)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=_environment(remote=remote),
-            cwd="/",
-            start_new_session=True,
-            bufsize=0,
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
-        os.set_blocking(self._in, False)
-        os.set_blocking(self._out, False)
-        self._received = bytearray()
-        # A number is only signalled while it is certainly this process's: until it is reaped, which happens under it.
-        self._life = threading.Lock()
+    `changed` is called by a thread of its own when the process is ready, and when it ended.
+    """
+
+    def __init__(self, lake: str, limits: SqlLimits, changed: Callable[[], object]) -> None:
+        self._changed = changed
+        self._state = threading.Condition()
+        self._ready = self._gone = False
+        self._forked: list[tuple[int, int]] = []
+        self._codes: dict[int, int] = {}
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-B", "-P", "-c", _PROGRAM, json.dumps(asdict(limits) | {"lake": lake})],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=_environment(remote=is_remote(lake)),
+                cwd="/",
+                start_new_session=True,
+            )
+        self._listener = threading.Thread(target=self._listen, name="sql-nursery", daemon=True)
+        self._listener.start()
 
     @property
     def pid(self) -> int:
-        """Its number, which is its session's and group's too."""
-        return self._process.pid
+        """Its number."""
+        return int(self._process.pid)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can fork workers now."""
+        return self._ready and not self._gone
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it ended."""
+        return self._gone
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Whether it is ready, at the latest after so long."""
+        with self._state:
+            self._state.wait_for(lambda: self._ready or self._gone, timeout_s)
+            return self.is_ready
+
+    def spawn(self) -> "WorkerProcess":
+        """A new worker, in milliseconds. One thread at a time. Raises `WorkerEndedError`."""
+        requests, to_worker = os.pipe()
+        from_worker, replies = os.pipe()
+        try:
+            socket.send_fds(self._socket, [MESSAGE.pack(b"F", 0, 0)], [requests, replies])
+            with self._state:
+                if not self._state.wait_for(lambda: self._forked or self._gone, _FORK_TIMEOUT_S) or self._gone:
+                    raise WorkerEndedError("could not be forked: the process that does it ended or hangs")
+                pid, number = self._forked.pop()
+                if not pid:
+                    raise WorkerEndedError(f"could not be forked: {os.strerror(number)}")
+                self._codes.pop(pid, None)
+            return WorkerProcess(self, pid, to_worker, from_worker)
+        except BaseException as error:
+            os.close(to_worker)
+            os.close(from_worker)
+            if isinstance(error, OSError):
+                raise WorkerEndedError(f"could not be forked: {error}") from error
+            raise
+        finally:
+            os.close(requests)
+            os.close(replies)
+
+    def code_of(self, pid: int, timeout_s: float) -> int | None:
+        """The code that a worker ended with, or minus the signal; None while it has not, or where nobody knows."""
+        with self._state:
+            self._state.wait_for(lambda: pid in self._codes or self._gone, timeout_s)
+            return self._codes.get(pid)
+
+    def has_ended(self, pid: int) -> bool:
+        """Whether it is known that a worker ended."""
+        return pid in self._codes
+
+    def close(self) -> None:
+        """Ends it. Workers that wait end by themselves when their pipes are closed. Calling it twice is fine."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._listener.join()
+        self._socket.close()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+    def last_words(self) -> str:
+        """What it wrote before it was ready, if it ended then: the last line of a traceback."""
+        assert self._process.stderr is not None
+        os.set_blocking(self._process.stderr.fileno(), False)
+        text = (self._process.stderr.read() or b"").decode(errors="replace").strip()
+        return text.rsplit("\n", 1)[-1][:500] or "it ended without a word"
+
+    def _listen(self) -> None:
+        while True:
+            message = b""
+            with contextlib.suppress(OSError):
+                message = self._socket.recv(MESSAGE.size)
+            with self._state:
+                if len(message) == MESSAGE.size:
+                    kind, number, more = MESSAGE.unpack(message)
+                    if kind == b"R":
+                        self._ready = True
+                    elif kind == b"P":
+                        self._forked.append((number, more))
+                    elif kind == b"X":
+                        self._codes[number] = more
+                else:
+                    self._gone = True
+                self._state.notify_all()
+            if self._gone or message[:1] == b"R":
+                self._changed()
+            if self._gone:
+                return
+
+
+class WorkerProcess:
+    """One worker and the pipes to it. Killing is safe from any thread; the pipes have one user at a time."""
+
+    def __init__(self, nursery: Nursery, pid: int, to_worker: int, from_worker: int) -> None:
+        self.pid = pid
+        self._nursery, self._in, self._out = nursery, to_worker, from_worker
+        self._received = bytearray()
+        self._closed = False
+        self._life = threading.Lock()
+        # A number may be another process's one day; this is always the same one. None on kernels before 5.3.
+        try:
+            self._handle: int | None = os.pidfd_open(pid)
+        except (AttributeError, OSError):
+            self._handle = None
+        os.set_blocking(self._in, False)
+        os.set_blocking(self._out, False)
 
     @property
     def output(self) -> int:
@@ -120,36 +232,30 @@ class WorkerProcess:
         return kind, self._read(size, deadline)
 
     def kill(self) -> None:
-        """Ends it, and whatever it may have started, at once. The pipes stay open for who reads them."""
+        """Ends it at once. The pipes stay open for who reads them."""
         with self._life, contextlib.suppress(ProcessLookupError, PermissionError):
-            if self._process.poll() is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
+            if self._closed or self._nursery.has_ended(self.pid):
+                return
+            if self._handle is not None:
+                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+            else:
+                os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, timeout_s: float) -> int | None:
-        """The code that it ended with; None while it has not."""
-        until = time.monotonic() + timeout_s
-        while True:
-            with self._life:
-                code = self._process.poll()
-            if code is not None or time.monotonic() > until:
-                return code
-            time.sleep(0.002)
+        """The code that it ended with, or minus the signal; None while it has not, or where nobody knows."""
+        return self._nursery.code_of(self.pid, timeout_s)
 
     def close(self) -> None:
-        """Ends it, waits for its end and closes the pipes."""
+        """Ends it, waits for its end and closes the pipes. Calling it twice is fine."""
         self.kill()
         self.wait(_END_TIMEOUT_S)
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            assert stream is not None
-            with contextlib.suppress(OSError):
-                stream.close()
-
-    def last_words(self) -> str:
-        """What it wrote before it was ready, if it ended then: the last line of a traceback."""
-        assert self._process.stderr is not None
-        os.set_blocking(self._process.stderr.fileno(), False)
-        text = (self._process.stderr.read() or b"").decode(errors="replace").strip()
-        return text.rsplit("\n", 1)[-1][:500]
+        with self._life:
+            if self._closed:
+                return
+            self._closed = True
+            for handle in (self._in, self._out, self._handle):
+                if handle is not None:
+                    os.close(handle)
 
     def _read(self, size: int, deadline: float) -> bytes:
         while len(self._received) < size:
@@ -177,7 +283,7 @@ class WorkerProcess:
     def _how_it_ended(self) -> str:
         code = self.wait(_END_TIMEOUT_S)
         if code is None:
-            return "closed its output"
+            return "ended"
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 

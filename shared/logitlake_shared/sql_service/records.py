@@ -3,9 +3,8 @@
 Facts only: JSON and Arrow's IPC format, lengths before bytes. Nothing is unpickled, and each side checks what the other
 one says. A frame is `<kind: 1 byte> <length: 4 bytes> <payload>`:
 
-    pool to worker    Q  the request, JSON
-    worker to pool    R  ready: nothing, once everything is imported
-                      S  started: JSON (snapshot, layers), before the schema
+    pool to worker    Q  the request, JSON; or `ASK_LAYERS`
+    worker to pool    S  started: JSON (the snapshots; or the layers, and nothing more), before the schema
                       A  an Arrow IPC stream; the first holds the schema alone, each further one a batch
                       E  the end: JSON (rows, truncated, milliseconds)
                       X  the end by an error: JSON (its class in `logitlake_shared.errors`, message)
@@ -23,19 +22,26 @@ from typing import Any
 from logitlake_shared.errors import QueryError, QueryRefusedError
 
 __all__ = [
+    "ASK_LAYERS",
     "FRAME_HEADER",
     "MAX_SQL_BYTES",
+    "MESSAGE",
     "Parameters",
     "SqlLimits",
     "SqlRequest",
     "check_text",
     "frame",
+    "is_remote",
     "new_query_id",
 ]
 
 MAX_SQL_BYTES = 64 * 1024
 _MAX_PARAMETERS_BYTES = 256 * 1024
 FRAME_HEADER = struct.Struct(">cI")
+MESSAGE = struct.Struct(">cii")
+"""between a pool and its nursery: see `nursery`"""
+ASK_LAYERS = b"layers"
+"""instead of a request: which layers of the sandbox a worker enters"""
 Scalar = str | int | float | bool | None
 Parameters = Sequence[Scalar] | Mapping[str, Scalar]
 
@@ -147,6 +153,11 @@ def check_text(sql: str) -> None:
         raise QueryRefusedError(f"the SQL text has a NUL at character {sql.index(chr(0)) + 1}")
     if not sql.strip():
         raise QueryError("the SQL text is empty; expected one question")
+
+
+def is_remote(lake: str) -> bool:
+    """Whether the lake lies in an object store."""
+    return "://" in lake and not lake.startswith("file://")
 
 
 def frame(kind: bytes, payload: bytes) -> bytes:

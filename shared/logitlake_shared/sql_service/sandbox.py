@@ -2,9 +2,9 @@
 
 The engine is not trusted to hold a question that it was not meant to answer: DuckDB says so itself. So the process
 gives up, before it reads a question, what no question needs: writing, other files, other processes, the network,
-rights, memory and time without end. `enter_early` comes while nothing is known of the question, `enter_late` when it is
-known which files are to be read. Both say of every layer whether it is active and, where it is not, why: nothing
-degrades silently, and who must have a layer names it in `SqlLimits.required_layers`.
+rights, memory and time without end. `enter_early` comes before there are workers, `enter_own` in each of them, and
+`enter_late` when it is known which files its question reads. All say of every layer whether it is active and, where it
+is not, why: nothing degrades silently, and who must have a layer names it in `SqlLimits.required_layers`.
 
 A layer is a few system calls by ctypes, so that none needs a package or a privilege. Linux only; elsewhere the layers
 say that they are not available.
@@ -23,14 +23,14 @@ from pathlib import Path
 
 from logitlake_shared.sql_service.syscalls import DENIED, NUMBERS
 
-__all__ = ["LAYERS", "Layer", "enter_early", "enter_late"]
+__all__ = ["LAYERS", "Layer", "enter_early", "enter_late", "enter_own"]
 
 LAYERS = (
-    "session",
     "environment",
-    "descriptors",
     "network",
     "privileges",
+    "session",
+    "descriptors",
     "limits",
     "processes",
     "files",
@@ -76,17 +76,20 @@ class _NotAvailableError(Exception):
 
 
 def enter_early(*, network: bool) -> list[Layer]:
-    """Enters the layers that need nothing but the process itself. Call it while there is one thread.
+    """Enters the layers that a process hands on to the workers that it forks. Call it while there is one thread.
 
     With `network` the network stays: a lake in an object store is read through it.
     """
     return [
-        _layer("session", _own_session),
         _layer("environment", _clean_environment),
-        _layer("descriptors", _three_descriptors),
         _layer("network", _keep_network if network else _leave_network),
         _layer("privileges", _drop_privileges),
     ]
+
+
+def enter_own() -> list[Layer]:
+    """Enters the layers that separate a worker from the process that forked it."""
+    return [_layer("session", _own_session), _layer("descriptors", _three_descriptors)]
 
 
 def enter_late(

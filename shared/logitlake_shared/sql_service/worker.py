@@ -1,13 +1,12 @@
-"""The program of a worker: waits, answers one question over a lake, and ends.
+"""A worker: waits, answers one question over a lake, and ends.
 
-    python -c 'from logitlake_shared.sql_service.worker import main; main()' <the lake and its limits, as JSON>
+It is forked by a nursery (`nursery`), a process that imported everything and opened an empty DuckDB without a thread of
+its own; so a worker is there in milliseconds, and answers one question only: whatever the question did to the process,
+no other one meets it. On its request it takes from itself all that the question does not need (`sandbox`), has the gate
+judge the text (`gate`), opens a catalog that holds the caller's caches and nothing else, locked as every catalog is,
+and writes batches of Arrow until the answer, the rows or the bytes are at their end.
 
-It is started long before its question comes, so that nobody waits for imports, and it answers one only: whatever a
-question did to the process, no other one meets it. On its request it takes from itself all that the question does not
-need (`sandbox`), has the gate judge the text (`gate`), opens a catalog that holds the caller's caches and nothing else,
-locked as every catalog is, and writes batches of Arrow until the answer, the rows or the bytes are at their end.
-
-It believes nothing about the pool that started it: should that be gone, its input ends, or an alarm of the kernel's
+It believes nothing about the pool that asked for it: should that be gone, its input ends, or an alarm of the kernel's
 ends it a second after its deadline, whatever it is doing.
 """
 
@@ -16,10 +15,8 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,14 +35,12 @@ from logitlake_shared.errors import (
 )
 from logitlake_shared.lake import Lake
 from logitlake_shared.sql_service.gate import Gate
-from logitlake_shared.sql_service.records import FRAME_HEADER, SqlRequest, frame
-from logitlake_shared.sql_service.sandbox import Layer, enter_early, enter_late
+from logitlake_shared.sql_service.records import ASK_LAYERS, FRAME_HEADER, SqlRequest, frame, is_remote
+from logitlake_shared.sql_service.sandbox import Layer, enter_late, enter_own
 
-__all__ = ["main", "run"]
+__all__ = ["run", "serve"]
 
 _BATCH_ROWS = 2048
-# What others import on the way, when no file of Python's can be read any longer.
-_IMPORTED_BEFORE = ("numpy.ma", "pyarrow.acero")
 # After the pool's own deadline: it is there for a worker that the pool cannot end any longer.
 _ALARM_AFTER_S = 1.0
 _MESSAGE_CHARS = 4000
@@ -57,34 +52,31 @@ _NO_MEMORY = re.compile(
 )
 
 
-def main() -> NoReturn:
-    """The program."""
-    given = json.loads(sys.argv[1])
-    lake: str = given["lake"]
-    network = _is_remote(lake)
-    layers = enter_early(network=network)
+def serve(connection: duckdb.DuckDBPyConnection, given: dict[str, Any], layers: list[Layer]) -> NoReturn:
+    """The life of a worker: its request comes on descriptor 0, its frames go to 1; it never returns.
+
+    `given` holds the lake and its limits, `layers` what the process entered already.
+    """
+    layers = layers + enter_own()
     requests, replies = 0, os.dup(1)
-    for module in _IMPORTED_BEFORE:
-        import_module(module)
-    connection = _connect(given)
-    Gate(connection).judge("SELECT 1")
-    _silence()
-    if given.get("layers"):
-        layers += _restrict(lake, None, given, cpu_s=10, network=network)
-        _write(replies, frame(b"S", json.dumps([vars(layer) for layer in layers]).encode()))
-        os._exit(0)
-    _write(replies, frame(b"R", b""))
+    # What a library prints goes nowhere: the pipe is for frames.
+    os.dup2(2, 1)
     data = _read_request(requests)
     if data is None:
         os._exit(0)
     started = time.monotonic()
-    request = SqlRequest.from_bytes(data)
-    assert request.timeout_s is not None
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, request.timeout_s + _ALARM_AFTER_S)
-    cpu_s = int(given["threads"] * (request.timeout_s + _ALARM_AFTER_S)) + 2
+    lake: str = given["lake"]
     try:
-        layers += _restrict(lake, request.caches, given, cpu_s=cpu_s, network=network)
+        if data == ASK_LAYERS:
+            layers += _restrict(lake, None, given, cpu_s=10)
+            _write(replies, frame(b"S", json.dumps([vars(layer) for layer in layers]).encode()))
+            os._exit(0)
+        request = SqlRequest.from_bytes(data)
+        assert request.timeout_s is not None
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, request.timeout_s + _ALARM_AFTER_S)
+        cpu_s = int(given["threads"] * (request.timeout_s + _ALARM_AFTER_S)) + 2
+        layers += _restrict(lake, request.caches, given, cpu_s=cpu_s)
         _require(layers, given["required_layers"])
         for out in run(connection, lake, request, given["threads"], started):
             _write(replies, out)
@@ -99,7 +91,10 @@ def run(
     connection: duckdb.DuckDBPyConnection, lake: str, request: SqlRequest, threads: int, started: float
 ) -> Iterator[bytes]:
     """The frames of the answer. Raises `LogitLakeError`."""
+    # Of its own: with the state of the nursery's, two questions would draw the same random numbers.
+    connection = connection.cursor()
     relations = Gate(connection).judge(request.sql)
+    connection.execute("SET TimeZone = 'UTC'")
     connection.execute(f"SET threads = {threads:d}")
     with Catalog(
         Lake.open(lake),
@@ -163,30 +158,8 @@ def _fitting(batch: pa.RecordBatch, rows: int, left: int) -> tuple[pa.RecordBatc
     return batch.slice(0, fits), "bytes"
 
 
-def _connect(given: dict[str, Any]) -> duckdb.DuckDBPyConnection:
-    """An empty database: no spilling, no extensions, no secrets, a share of the memory.
-
-    DuckDB looks for its cgroup when it starts, and ends the process where it must not; so it starts before the sandbox,
-    and without a thread of its own, which Landlock would not bind.
-    """
-    settings: dict[str, str | bool | int | float | list[str]] = {
-        "threads": 1,
-        "async_threads": 0,
-        "memory_limit": f"{given['memory_mib'] // 2}MiB",
-        "temp_directory": "",
-        "max_temp_directory_size": "0B",
-        "allow_community_extensions": False,
-        "allow_persistent_secrets": False,
-        "enable_external_file_cache": False,
-    }
-    connection = duckdb.connect(":memory:", config=settings)
-    connection.execute("SET TimeZone = 'UTC'")
-    return connection
-
-
-def _restrict(
-    lake: str, caches: tuple[str, ...] | None, given: dict[str, Any], *, cpu_s: int, network: bool
-) -> list[Layer]:
+def _restrict(lake: str, caches: tuple[str, ...] | None, given: dict[str, Any], *, cpu_s: int) -> list[Layer]:
+    network = is_remote(lake)
     return enter_late(
         None if network else list(_readable(Path(lake), caches)),
         network=network,
@@ -232,7 +205,7 @@ def _explained(error: BaseException, lake: str) -> bytes:
         message = f"the question needs more memory than it may have; ask for less at once ({first})"
     elif not isinstance(error, LogitLakeError):
         name, message = QueryCrashedError.__name__, f"the worker failed with {name}: {message}"
-    for place in sorted({lake, str(Path(lake).resolve()) if not _is_remote(lake) else lake}, key=len, reverse=True):
+    for place in sorted({lake, str(Path(lake).resolve()) if not is_remote(lake) else lake}, key=len, reverse=True):
         message = message.replace(place, "lake")
     return json.dumps({"error": name, "message": _PATH.sub("<path>", message)[:_MESSAGE_CHARS]}).encode()
 
@@ -244,17 +217,6 @@ def _stream(schema: pa.Schema, batches: list[pa.RecordBatch]) -> bytes:
             writer.write_batch(batch)
     data: bytes = sink.getvalue().to_pybytes()
     return data
-
-
-def _is_remote(lake: str) -> bool:
-    return "://" in lake and not lake.startswith("file://")
-
-
-def _silence() -> None:
-    """What a library prints goes nowhere: the pipe is for frames, and nobody reads the other one from now on."""
-    with Path(os.devnull).open("wb") as nothing:
-        os.dup2(nothing.fileno(), 1)
-        os.dup2(nothing.fileno(), 2)
 
 
 def _read_request(handle: int) -> bytes | None:

@@ -20,9 +20,10 @@ from typing import Any
 
 import duckdb
 
+from logitlake_shared.sql_service.nursery import connect
 from logitlake_shared.sql_service.records import SqlLimits
-from logitlake_shared.sql_service.sandbox import enter_early
-from logitlake_shared.sql_service.worker import _connect, _restrict
+from logitlake_shared.sql_service.sandbox import enter_early, enter_own
+from logitlake_shared.sql_service.worker import _restrict
 
 _MEMORY_MIB = 256
 
@@ -33,8 +34,8 @@ def main() -> None:
     given: dict[str, Any] = vars(SqlLimits()) | {"memory_mib": _MEMORY_MIB}
     library = ctypes.CDLL(None, use_errno=True)
     layers = enter_early(network=False)
-    connection = _connect(given)
-    layers += _restrict(str(lake), ("main",), given, cpu_s=60, network=False)
+    connection = connect(given)
+    layers += enter_own() + _restrict(str(lake), ("main",), given, cpu_s=60)
 
     def in_thread(attempt: Callable[[], object]) -> object:
         failed: list[BaseException] = []

@@ -151,21 +151,44 @@ def test_a_stopped_worker_ends_at_its_deadline(single: SqlPool, threads: ThreadP
 def test_a_warm_worker_that_ended_is_replaced(single: SqlPool) -> None:
     """Nobody notices that a worker which waited was killed."""
     single.wait_ready()
-    (pid,) = single.worker_pids()
+    _, pid = single.pids()
     os.kill(pid, signal.SIGKILL)
-    _until(single, lambda: pid not in [worker.pid for worker in (*single._ready, *single._starting)])
+    _until(single, lambda: bool(single._ready) and pid not in single.pids())
+    assert single.run(_ONE).read_all().num_rows == 1
+
+
+def test_a_nursery_that_ended_is_replaced(single: SqlPool, threads: ThreadPoolExecutor) -> None:
+    """The question that runs is not touched by it; the next one has a worker of another nursery."""
+    query_id, running = _running(single, threads)
+    nursery = single.pids()[0]
+    os.kill(nursery, signal.SIGKILL)
+    _until(single, lambda: single.pids()[0] != nursery and len(single._ready) == 1)
+    assert not running.done()
+    assert single.cancel(query_id)
+    with pytest.raises(QueryCancelledError):
+        running.result()
     assert single.run(_ONE).read_all().num_rows == 1
 
 
 def test_warm_workers_stay(single: SqlPool, alive: Callable[[int], bool]) -> None:
-    """Nothing runs out while a worker waits: no processor time, no alarm; the same process answers in the end."""
+    """Nothing runs out while a worker waits: no processor time, no alarm. The same process answers in the end."""
     single.wait_ready()
-    (pid,) = single.worker_pids()
-    limits = Path(f"/proc/{pid}/limits").read_text()
-    assert "Max cpu time              unlimited" in limits
+    _, pid = single.pids()
+    assert "Max cpu time              unlimited" in Path(f"/proc/{pid}/limits").read_text()
     assert alive(pid)
-    with single.run(SqlRequest("SELECT 1", VISIBLE)):
-        assert pid not in [worker.pid for worker in (*single._ready, *single._starting)]
+    request = SqlRequest("SELECT 1", VISIBLE)
+    with single.run(request):
+        worker = single._queries[request.query_id].worker
+        assert worker is not None
+        assert worker.pid == pid
+
+
+def test_no_two_workers_draw_the_same(single: SqlPool) -> None:
+    """Forked from one process, they do not share the state of its random numbers."""
+    asked = SqlRequest("SELECT random() AS r, uuid() AS u", VISIBLE)
+    answers = [single.run(SqlRequest(asked.sql, VISIBLE)).read_all().to_pylist()[0] for _ in range(3)]
+    assert len({answer["r"] for answer in answers}) == 3
+    assert len({answer["u"] for answer in answers}) == 3
 
 
 def test_sixteen_at_once_with_strangers_among_them(lake: Path, threads: ThreadPoolExecutor) -> None:
@@ -199,8 +222,8 @@ def test_closing_leaves_no_process(lake: Path, threads: ThreadPoolExecutor, aliv
     _, running = _running(pool, threads)
     waiting = threads.submit(pool.run, _ONE)
     _until(pool, lambda: pool.num_waiting == 1)
-    pids = pool.worker_pids()
-    assert len(pids) >= 3
+    pids = pool.pids()
+    assert len(pids) >= 4
     pool.close()
     pool.close()
     for future in (running, waiting):
@@ -235,7 +258,7 @@ def test_workers_end_with_their_service(lake: Path) -> None:
         "with pool._changed:\n"
         "    pool._changed.wait_for(lambda: request.query_id in pool._queries\n"
         "        and pool._queries[request.query_id].worker and pool._ready)\n"
-        "print(json.dumps(pool.worker_pids()), flush=True)\n"
+        "print(json.dumps(pool.pids()), flush=True)\n"
         "sys.stdin.read()\n"
     )
     with subprocess.Popen(
@@ -243,7 +266,7 @@ def test_workers_end_with_their_service(lake: Path) -> None:
     ) as service:
         assert service.stdout is not None
         pids = json.loads(service.stdout.readline())
-        assert len(pids) == 2
+        assert len(pids) == 3
         handles = [os.pidfd_open(pid) for pid in pids]
         service.kill()
     for handle in handles:

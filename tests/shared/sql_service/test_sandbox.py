@@ -114,9 +114,10 @@ def test_the_environment_is_not_the_services(lake: Path, monkeypatch: pytest.Mon
     assert [name for name, value in _environment(remote=True).items() if value == "canary"] == ["AWS_SECRET_ACCESS_KEY"]
     with SqlPool(lake, SqlLimits(num_warm=1)) as pool:
         pool.wait_ready()
-        (pid,) = pool.worker_pids()[:1]
-        assert b"canary" not in Path(f"/proc/{pid}/environ").read_bytes()
-        held = sorted(str(link.readlink()).partition(":")[0] for link in Path(f"/proc/{pid}/fd").iterdir())
+        nursery, worker = pool.pids()
+        assert b"canary" not in Path(f"/proc/{nursery}/environ").read_bytes()
+        assert b"canary" not in Path(f"/proc/{worker}/environ").read_bytes()
+        held = sorted(str(link.readlink()).partition(":")[0] for link in Path(f"/proc/{worker}/fd").iterdir())
         assert held == ["/dev/null", "/dev/null", "pipe", "pipe"]
 
 
