@@ -105,8 +105,11 @@ class _Judge:
         kind = self._known(node)
         if not kind.endswith("_NODE"):
             raise _refused(f"{kind} where a query is expected", node)
+        self._known(node["cte_map"])
         for entry in node["cte_map"]["map"]:
+            self._known(entry)
             definition = entry["value"]
+            self._known(definition)
             self._parts(definition, scope, without="query_node")
             body = definition["query_node"]
             if isinstance(body, dict) and body.get("cte_name", entry["key"]) != entry["key"]:

@@ -17,6 +17,7 @@ from logitlake_shared.errors import (
     LogitLakeError,
     QueryCancelledError,
     QueryCrashedError,
+    QueryError,
     QueryTimeoutError,
 )
 from logitlake_shared.sql_service.process import TooLateError, WorkerEndedError, WorkerProcess, raised_again
@@ -91,6 +92,8 @@ class Query:
                 return QueryCancelledError("the question was cancelled")
             case "closed":
                 return QueryCancelledError("the question was ended because the service stops")
+            case "answered":
+                return QueryError("the answer was read already; keep its batches, or ask again")
         return QueryCrashedError(
             f"the worker {error}; often a question that needs too much memory does that. Ask again, or ask for less"
         )

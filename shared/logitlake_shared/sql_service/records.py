@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from logitlake_shared.errors import QueryError, QueryRefusedError
+from logitlake_shared.errors import ConfigError, QueryError, QueryRefusedError
 
 __all__ = [
     "ASK_LAYERS",
@@ -77,10 +77,10 @@ class SqlLimits:
     def __post_init__(self) -> None:
         for name in ("num_running", "timeout_s", "max_timeout_s", "max_rows", "max_bytes", "memory_mib", "threads"):
             if getattr(self, name) <= 0:
-                raise QueryError(f"SqlLimits.{name}: got {getattr(self, name)}, expected more than 0")
+                raise ConfigError(f"SqlLimits.{name}: got {getattr(self, name)}, expected more than 0")
         for name, cap in (("timeout_s", "max_timeout_s"), ("max_rows", "max_rows_cap"), ("max_bytes", "max_bytes_cap")):
             if getattr(self, name) > getattr(self, cap):
-                raise QueryError(f"SqlLimits.{name}: got {getattr(self, name)}, more than {cap} {getattr(self, cap)}")
+                raise ConfigError(f"SqlLimits.{name}: got {getattr(self, name)}, more than {cap} {getattr(self, cap)}")
 
 
 def new_query_id() -> str:
@@ -141,8 +141,10 @@ class SqlRequest:
         return cls(caches=None if caches is None else tuple(caches), **document)
 
 
-def check_text(sql: str) -> None:
+def check_text(sql: object) -> None:
     """Raises `QueryRefusedError` for a text that is not handed to the parser."""
+    if not isinstance(sql, str):
+        raise QueryError(f"sql: got {type(sql).__name__}, expected text")
     try:
         size = len(sql.encode())
     except UnicodeEncodeError as error:

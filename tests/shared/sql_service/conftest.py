@@ -37,14 +37,14 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     main, pairs = made.create_cache("main", _spec("samples")), made.create_cache("pairs", _spec("pairs"))
     hidden = made.create_cache("hidden", _spec("samples"))
     for unit in (1, 2):
-        main.publish_unit(_unit(unit))
+        main.publish_unit(make_sql_unit(unit))
     main.snapshot()
-    hidden.publish_unit(_unit(9, error="secret-0001"))
+    hidden.publish_unit(make_sql_unit(9, error="secret-0001"))
     hidden.snapshot()
     publish_catalog(made)
     # What came after the published catalog, which a catalog adds in memory.
     for unit in (3, 4):
-        main.publish_unit(_unit(unit, error="sample-0042" if unit == 4 else None))
+        main.publish_unit(make_sql_unit(unit, error="sample-0042" if unit == 4 else None))
     main.snapshot()
     for unit in (1, 2):
         _publish_pair(pairs, unit)
@@ -113,7 +113,8 @@ def _spec(kind: str) -> CaptureSpec:
     )
 
 
-def _unit(number: int, error: str | None = None) -> UnitResult:
+def make_sql_unit(number: int, error: str | None = None) -> UnitResult:
+    """Unit `number`: three samples of one image, of three, four and five response tokens."""
     image = inspect_image(make_png(number))
     samples, captured = [], []
     for place in range(3):

@@ -1,19 +1,20 @@
 """What may be asked is answered, and as the catalog itself answers it."""
 
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from tests.shared.sql_service.conftest import VISIBLE
+from tests.shared.sql_service.conftest import VISIBLE, make_sql_unit
 from tests.shared.sql_service.questions import QUESTIONS
 
-from logitlake_shared.catalog import Catalog
-from logitlake_shared.errors import LakeError, QueryError, QueryTooLargeError
+from logitlake_shared.catalog import Catalog, publish_catalog
+from logitlake_shared.errors import ConfigError, LakeCorruptError, LakeError, QueryError, QueryTooLargeError
 from logitlake_shared.lake import Lake
-from logitlake_shared.sql_service import SqlPool, SqlRequest
+from logitlake_shared.sql_service import SqlLimits, SqlPool, SqlRequest
 from logitlake_shared.sql_service.grammar import RELATIONS
 
 # DuckDB adds floats in the order in which its threads come.
@@ -82,6 +83,52 @@ def test_a_snapshot_is_asked_for_by_its_number(pool: SqlPool) -> None:
         pool.run(SqlRequest(count, VISIBLE, snapshot={"hidden": 1}))
 
 
+def test_what_is_published_meanwhile_is_not_in_the_answer(lake: Path, tmp_path: Path) -> None:
+    """An answer is of one snapshot, also when a capture goes on, a snapshot and a catalog come while it is read."""
+    copy = tmp_path / "lake"
+    shutil.copytree(lake, copy)
+    count = SqlRequest("SELECT count(*) AS n FROM samples WHERE cache = 'main'", VISIBLE)
+    with SqlPool(copy, SqlLimits(num_warm=2)) as pool:
+        sql = "SELECT sample_id, range FROM samples, range(20000) WHERE cache = 'main'"
+        with pool.run(SqlRequest(sql, VISIBLE, max_rows=10**6)) as result:
+            batches = iter(result)
+            rows = next(batches).num_rows
+            writer = Lake.open(copy)
+            writer.cache("main").publish_unit(make_sql_unit(5))
+            writer.cache("main").snapshot()
+            publish_catalog(writer)
+            assert rows + sum(batch.num_rows for batch in batches) == 12 * 20000
+            assert result.snapshot["main"] == 2
+        after = pool.run(count)
+        assert after.snapshot["main"] == 3
+        assert after.read_all().to_pylist() == [{"n": 15}]
+
+
+def test_a_damaged_shard_is_that_questions_error(lake: Path, tmp_path: Path) -> None:
+    """A byte that flipped on the disk is found by its page's checksum and named as a file of the lake, no more."""
+    copy = tmp_path / "lake"
+    shutil.copytree(lake, copy)
+    shard = min((copy / "caches/main/shards").iterdir())
+    data = bytearray(shard.read_bytes())
+    data[200] ^= 1
+    shard.chmod(0o644)
+    shard.write_bytes(data)
+    with SqlPool(copy, SqlLimits(num_warm=2)) as pool:
+        with pytest.raises(LakeCorruptError, match=f"lake/caches/main/shards/{shard.name}") as damaged:
+            pool.run(SqlRequest("SELECT * FROM samples", VISIBLE)).read_all()
+        assert str(copy) not in str(damaged.value)
+        assert pool.run(SqlRequest("SELECT count(*) FROM pairs", VISIBLE)).read_all().num_rows == 1
+
+
+def test_an_answer_is_read_once(pool: SqlPool) -> None:
+    """Reading it again is an error of the reader's, not an empty answer."""
+    result = pool.run(SqlRequest("SELECT 1", VISIBLE))
+    assert result.read_all().num_rows == 1
+    with pytest.raises(QueryError, match="read already"):
+        result.read_all()
+    assert not pool.cancel(result.query_id)
+
+
 def test_parameters_are_values(pool: SqlPool) -> None:
     """`?` and `$name` stand for values and never for SQL."""
     by_place = SqlRequest("SELECT count(*) AS n FROM tokens WHERE task = ? AND position < ?", VISIBLE, ("caption", 2))
@@ -130,6 +177,13 @@ def test_limits_above_the_pools_are_refused(pool: SqlPool, name: str, value: Any
     """A limit that is none, or above what the operator allows, is an error and not something smaller."""
     with pytest.raises(QueryError, match=name):
         pool.run(SqlRequest("SELECT 1", VISIBLE, **{name: value}))
+
+
+@pytest.mark.parametrize("limits", [{"num_running": 0}, {"memory_mib": -1}, {"timeout_s": 61.0}, {"max_rows": 10**7}])
+def test_limits_that_contradict_are_refused(limits: dict[str, Any]) -> None:
+    """A pool of such limits is not made."""
+    with pytest.raises(ConfigError, match=next(iter(limits))):
+        SqlLimits(**limits)
 
 
 def test_numbers_without_a_type_in_arrow_are_refused(pool: SqlPool) -> None:

@@ -38,7 +38,7 @@ def test_time(pool: SqlPool, sql: str) -> None:
 def test_memory(pool: SqlPool, sql: str) -> None:
     """What needs more memory than a worker may have ends its worker or itself, and nothing else."""
     with pytest.raises((QueryMemoryError, QueryCrashedError, QueryTimeoutError)):
-        pool.run(SqlRequest(sql, VISIBLE, timeout_s=10.0)).read_all()
+        pool.run(SqlRequest(sql, VISIBLE, timeout_s=5.0)).read_all()
     assert pool.num_running == 0
 
 
