@@ -30,6 +30,8 @@ STAGE = {"type": "d2d", "ema_decay": 0.9}
 NUM_SCHEDULES = 5
 MOST_KILLS = 4
 WRITES = ("write", "fsync")
+# Files of a folder that has not got its name yet, or has lost it, are alike; and checkpoints are.
+_ALIKE = r"(?<=\.building/).*/.*|(?<=\.model/).*|(?<=\.checkpoint-)\d/.*|#\d+|checkpoint-\d"
 # Of the full disks, those after which the run is finished; after the others it is seen that it can be.
 FINISHED_EVERY = 4
 
@@ -91,8 +93,7 @@ def assert_sound(stage_dir: Path) -> None:
 
 def test_killed_at_every_kind_of_call(training: Training, tmp_path: Path) -> None:
     """C1, C14: one kill, before the call or after it; then the same command to the end."""
-    # Files of a folder that has not got its name yet are alike.
-    for number in one_of_each_kind(training.calls, r"#\d+|checkpoint-\d|(?<=\.building/).*/.*|(?<=\.model/).*"):
+    for number in one_of_each_kind(training.calls, _ALIKE):
         call, when = training.calls[number - 1], ("kill_before", "kill_after")[number % 2]
         root = tmp_path / str(number)
         killed = training.run(root, Fault(when, number))
