@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.conftest import EOS_ID, VOCAB_SIZE, make_png, make_teacher_rows
+from tests.contract.conftest import s3_bucket, s3_endpoint
 
 from logitlake_schemas import (
     CaptureSpec,
@@ -24,6 +25,8 @@ from logitlake_shared.rows import LakePair, LakeSample
 from logitlake_shared.sql_service import SqlLimits, SqlPool
 from logitlake_shared.topk import concatenate, encode, stored_error
 
+__all__ = ["VISIBLE", "alive", "fill", "lake", "make_sql_unit", "pool", "s3_bucket", "s3_endpoint", "untouched"]
+
 VISIBLE = ("main", "pairs")
 """what the callers of these tests may see; `hidden` is another one's"""
 _CODEC = CodecPolicy(k_max=8, k_min=2)
@@ -33,7 +36,12 @@ _CODEC = CodecPolicy(k_max=8, k_min=2)
 def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`main` (4 units of 3 samples, one error; snapshots 1 and 2), `pairs` (2 units), `hidden` (1 unit of samples)."""
     root = tmp_path_factory.mktemp("sql") / "lake"
-    made = Lake.create(root)
+    fill(Lake.create(root))
+    return root
+
+
+def fill(made: Lake) -> None:
+    """Writes the lake of these tests."""
     main, pairs = made.create_cache("main", _spec("samples")), made.create_cache("pairs", _spec("pairs"))
     hidden = made.create_cache("hidden", _spec("samples"))
     for unit in (1, 2):
@@ -49,7 +57,6 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for unit in (1, 2):
         _publish_pair(pairs, unit)
     pairs.snapshot()
-    return root
 
 
 @pytest.fixture(scope="session")

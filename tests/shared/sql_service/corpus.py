@@ -244,12 +244,14 @@ def _lines(text: str) -> list[str]:
 
 FILES = [*_lines(_FILES), *_lines(_WRITES)]
 """Those of `REFUSED` that would read or write one."""
+SCOPES = _lines(_SCOPES)
+"""Those of `REFUSED` that name a table where a CTE of its name is somewhere else."""
 REFUSED = [
     *FILES,
     *_lines(_SESSION),
     *_lines(_CATALOGS),
     *_lines(_FUNCTIONS),
-    *_lines(_SCOPES),
+    *SCOPES,
     *_lines(_SHAPES),
     "SELECT\x001",
     "SELECT '\ud800'",

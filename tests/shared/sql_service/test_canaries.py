@@ -7,6 +7,7 @@ mend `grammar` and `gate`, and only then raise `ENGINE_VERSION`.
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.shared.sql_service.questions import QUESTIONS
 
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.sql_service.gate import ENGINE_VERSION, Gate
-from logitlake_shared.sql_service.grammar import FUNCTIONS, NODES, RELATIONS, TABLE_FUNCTIONS, TYPES
+from logitlake_shared.sql_service.grammar import FUNCTIONS, NODES, RELATIONS, SPECIAL_NAMES, TABLE_FUNCTIONS, TYPES
 
 # Kinds of nodes that no question of an analyst has needed so far.
 _MORE = [
@@ -149,6 +150,18 @@ def test_names_of_columns_may_be_functions(engine: duckdb.DuckDBPyConnection) ->
     (column,) = _tree(engine, "SELECT current_user")["statements"][0]["node"]["select_list"]
     assert column["class"] == "COLUMN_REF"
     assert engine.execute("SELECT current_user").fetchall() == [("duckdb",)]
+
+
+def test_no_other_name_is_a_function(engine: duckdb.DuckDBPyConnection) -> None:
+    """A column's name alone calls nothing but what is refused, and the time."""
+    names = {name for (name,) in engine.execute("SELECT function_name FROM duckdb_functions()").fetchall()}
+    answered = set()
+    for name in (*sorted(names), "localtime", "localtimestamp", "current_time", "system_user"):
+        if name.isidentifier():
+            with suppress(duckdb.Error):
+                engine.execute(f"SELECT {name}")
+                answered.add(name)
+    assert answered - SPECIAL_NAMES == {"current_date", "current_time", "localtime", "localtimestamp"}
 
 
 def test_a_function_of_a_column_has_a_schema(engine: duckdb.DuckDBPyConnection) -> None:

@@ -1,12 +1,15 @@
 """What a stranger may not ask: nothing of it runs, and no file is touched."""
 
+import random
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import duckdb
 import pytest
 from tests.shared.sql_service.conftest import VISIBLE
-from tests.shared.sql_service.corpus import CUT, FILES, LARGE, MEMORY, PARSER, REFUSED, TIMEOUT
+from tests.shared.sql_service.corpus import CUT, FILES, LARGE, MEMORY, PARSER, REFUSED, SCOPES, TIMEOUT
 from tests.shared.sql_service.questions import QUESTIONS
 
 from logitlake_shared.errors import QueryError, QueryRefusedError
@@ -78,6 +81,49 @@ def test_names_are_compared_as_the_engine_does(gate: Gate) -> None:
         gate.judge(f'WITH "to{kelvin}ens_" AS (SELECT 1) SELECT * FROM tokens_')
     with pytest.raises(QueryError):
         gate.judge(f'WITH "to{kelvin}ens_" AS (SELECT 1) SELECT * FROM "toKens_"')
+
+
+def test_no_mutation_reads_what_is_not_published() -> None:
+    """Thousands of seeded mutations of texts about scopes: what the gate lets through never reads the table they want.
+
+    The engine has that table here, and would answer.
+    """
+    draw = random.Random(20261126)
+    pieces = ["late_rows", '"late_rows"', "LATE_ROWS", " UNION ALL ", "(", ")", ",", " tokens ", " x ", " AS ", "FROM "]
+    before, after = (
+        "WITH late_rows AS (SELECT 'q' AS x) ",
+        " UNION ALL (WITH late_rows AS (SELECT 'q' AS x) FROM late_rows)",
+    )
+    seeds = [*SCOPES, "SELECT x FROM late_rows", f"{before}FROM late_rows", "SELECT (SELECT x FROM late_rows LIMIT 1)"]
+    seeds += ["SELECT * FROM tokens t, LATERAL (SELECT x FROM late_rows) l", "WITH a AS (FROM late_rows) FROM a", after]
+    seeds = [seed for seed in seeds if "RECURSIVE" not in seed]
+    ran = 0
+    with duckdb.connect(":memory:") as engine:
+        engine.execute("CREATE TABLE late_rows AS SELECT 'canary' AS x")
+        engine.execute("CREATE TABLE tokens AS SELECT 'a' AS x, 1 AS k")
+        gate = Gate(engine)
+        for _ in range(6000):
+            words = re.findall(r"\s+|\w+|'[^']*'|.", draw.choice(seeds))
+            for _ in range(draw.choice((1, 2, 3))):
+                place = draw.randrange(len(words) + 1)
+                match draw.randrange(5):
+                    case 0:
+                        words.insert(place, draw.choice(pieces))
+                    case 1:
+                        del words[place : place + 1]
+                    case 2:
+                        words[place:place] = ["(", draw.choice(seeds), ")"]
+                    case 3:
+                        words = [before, *words]
+                    case _:
+                        words = [*words, after]
+            sql = "".join(words)
+            with suppress(QueryError):
+                gate.judge(sql)
+                with suppress(duckdb.Error):
+                    ran += 1
+                    assert "canary" not in str(engine.execute(sql).fetchmany(100)), sql
+    assert ran > 200
 
 
 @pytest.mark.slow
