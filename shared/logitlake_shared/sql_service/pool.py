@@ -20,6 +20,7 @@ import contextlib
 import heapq
 import itertools
 import json
+import logging
 import math
 import os
 import select
@@ -31,11 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from logitlake_shared.errors import (
-    QueryBusyError,
-    QueryCrashedError,
-    QueryError,
-)
+from logitlake_shared.errors import QueryBusyError, QueryCrashedError, QueryError
 from logitlake_shared.sql_service.process import Nursery, TooLateError, WorkerEndedError, WorkerProcess
 from logitlake_shared.sql_service.query import Query, SqlResult
 from logitlake_shared.sql_service.records import ASK_LAYERS, SqlLimits, SqlRequest, frame, is_remote
@@ -47,7 +44,10 @@ _MAX_STARTS_FAILED = 3
 _START_AGAIN_S = 0.2
 # A busy machine may take its time to start Python.
 _START_TIMEOUT_S = 120.0
+# A killed process is gone in no time, unless the disk or the machine hangs.
+_END_TIMEOUT_S = 5.0
 _MAX_RETRY_AFTER_S = 60
+_log = logging.getLogger(__name__)
 
 
 class SqlPool:
@@ -141,6 +141,9 @@ class SqlPool:
             query.end("closed")
         self._wake()
         self._keeper.join()
+        for query in queries:
+            if query.worker is not None:
+                query.worker.wait(_END_TIMEOUT_S)
         for worker in self._ready:
             worker.close()
         self._ready.clear()
@@ -244,15 +247,13 @@ class SqlPool:
 
     def _keep(self) -> None:
         while not self._closed:
-            self._start_missing()
-            poll, workers = self._watched()
-            for handle, _ in poll.poll(self._pause() * 1000):
-                if handle == self._wake_read:
-                    with contextlib.suppress(OSError):
-                        os.read(self._wake_read, 4096)
-                elif handle in workers:
-                    self._heard(workers[handle])
-            self._end_late()
+            try:
+                self._end_late()
+                self._start_missing()
+                self._watch()
+            except Exception:  # without it nobody would kill what is late
+                _log.exception("the keeper of a SQL pool failed, and goes on")
+                time.sleep(_START_AGAIN_S)
 
     def _start_missing(self) -> None:
         while not self._closed and self._has_nursery():
@@ -296,6 +297,16 @@ class SqlPool:
             self._last_words = words
             self._start_again_at = time.monotonic() + _START_AGAIN_S * 2 ** min(self._failed_starts, 6)
             self._changed.notify_all()
+
+    def _watch(self) -> None:
+        """Waits until there is something to do."""
+        poll, workers = self._watched()
+        for handle, _ in poll.poll(self._pause() * 1000):
+            if handle == self._wake_read:
+                with contextlib.suppress(OSError):
+                    os.read(self._wake_read, 4096)
+            elif handle in workers:
+                self._heard(workers[handle])
 
     def _watched(self) -> tuple[select.poll, dict[int, WorkerProcess]]:
         poll = select.poll()

@@ -118,10 +118,13 @@ class Nursery:
 
     def spawn(self) -> "WorkerProcess":
         """A new worker, in milliseconds. One thread at a time. Raises `WorkerEndedError`."""
-        requests, to_worker = os.pipe()
-        from_worker, replies = os.pipe()
-        try:
-            socket.send_fds(self._socket, [MESSAGE.pack(b"F", 0, 0)], [requests, replies])
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            try:
+                requests, to_worker = _pipe(theirs, ours)
+                replies, from_worker = reversed(_pipe(ours, theirs))
+                socket.send_fds(self._socket, [MESSAGE.pack(b"F", 0, 0)], [requests, replies])
+            except OSError as error:
+                raise WorkerEndedError(f"could not be forked: {error}") from error
             with self._state:
                 if not self._state.wait_for(lambda: self._forked or self._gone, _FORK_TIMEOUT_S) or self._gone:
                     raise WorkerEndedError("could not be forked: the process that does it ended or hangs")
@@ -129,16 +132,8 @@ class Nursery:
                 if not pid:
                     raise WorkerEndedError(f"could not be forked: {os.strerror(number)}")
                 self._codes.pop(pid, None)
+            ours.pop_all()
             return WorkerProcess(self, pid, to_worker, from_worker)
-        except BaseException as error:
-            os.close(to_worker)
-            os.close(from_worker)
-            if isinstance(error, OSError):
-                raise WorkerEndedError(f"could not be forked: {error}") from error
-            raise
-        finally:
-            os.close(requests)
-            os.close(replies)
 
     def code_of(self, pid: int, timeout_s: float) -> int | None:
         """The code that a worker ended with, or minus the signal; None while it has not, or where nobody knows."""
@@ -149,6 +144,11 @@ class Nursery:
     def has_ended(self, pid: int) -> bool:
         """Whether it is known that a worker ended."""
         return pid in self._codes
+
+    def forget(self, pid: int) -> None:
+        """Nobody will ask how this worker ended."""
+        with self._state:
+            self._codes.pop(pid, None)
 
     def close(self) -> None:
         """Ends it. Workers that wait end by themselves when their pipes are closed. Calling it twice is fine."""
@@ -191,14 +191,14 @@ class Nursery:
 
 
 class WorkerProcess:
-    """One worker and the pipes to it. Killing is safe from any thread; the pipes have one user at a time."""
+    """One worker and the pipes to it. Killing and closing are safe from any thread; one at a time reads."""
 
     def __init__(self, nursery: Nursery, pid: int, to_worker: int, from_worker: int) -> None:
         self.pid = pid
         self._nursery, self._in, self._out = nursery, to_worker, from_worker
         self._received = bytearray()
         self._closed = False
-        self._life = threading.Lock()
+        self._life, self._pipes = threading.Lock(), threading.Lock()
         # A number may be another process's one day; this is always the same one. None on kernels before 5.3.
         try:
             self._handle: int | None = os.pidfd_open(pid)
@@ -215,21 +215,23 @@ class WorkerProcess:
     def send(self, data: bytes, deadline: float) -> None:
         """Raises `WorkerEndedError`, `TooLateError`."""
         left = memoryview(data)
-        while left:
-            self._wait(self._in, select.POLLOUT, deadline)
-            try:
-                left = left[os.write(self._in, left) :]
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                raise WorkerEndedError(self._how_it_ended()) from error
+        with self._pipes:
+            while left:
+                self._wait(self._in, select.POLLOUT, deadline)
+                try:
+                    left = left[os.write(self._in, left) :]
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    raise WorkerEndedError(self._how_it_ended()) from error
 
     def read_frame(self, deadline: float, max_bytes: int = 0) -> tuple[bytes, bytes]:
         """The next frame: its kind and payload. Raises `WorkerEndedError`, `TooLateError`."""
-        kind, size = FRAME_HEADER.unpack(self._read(FRAME_HEADER.size, deadline))
-        if size > max_bytes + _FRAME_EXTRA_BYTES:
-            raise WorkerEndedError("gave an answer that is none")
-        return kind, self._read(size, deadline)
+        with self._pipes:
+            kind, size = FRAME_HEADER.unpack(self._read(FRAME_HEADER.size, deadline))
+            if size > max_bytes + _FRAME_EXTRA_BYTES:
+                raise WorkerEndedError("gave an answer that is none")
+            return kind, self._read(size, deadline)
 
     def kill(self) -> None:
         """Ends it at once. The pipes stay open for who reads them."""
@@ -249,9 +251,17 @@ class WorkerProcess:
         """Ends it, waits for its end and closes the pipes. Calling it twice is fine."""
         self.kill()
         self.wait(_END_TIMEOUT_S)
-        with self._life:
-            if self._closed:
-                return
+        # Whoever reads is at the end of the pipe now; a number must not become another file's while it is read.
+        with self._pipes, self._life:
+            self._close_pipes()
+        self._nursery.forget(self.pid)
+
+    def __del__(self) -> None:
+        # An answer that nobody read to its end or closed.
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        if not self._closed:
             self._closed = True
             for handle in (self._in, self._out, self._handle):
                 if handle is not None:
@@ -274,6 +284,8 @@ class WorkerProcess:
         return data
 
     def _wait(self, handle: int, event: int, deadline: float) -> None:
+        if self._closed:
+            raise WorkerEndedError("was closed")
         poll = select.poll()
         poll.register(handle, event)
         left = deadline - time.monotonic()
@@ -285,6 +297,14 @@ class WorkerProcess:
         if code is None:
             return "ended"
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe whose ends are closed with these stacks."""
+    read, write = os.pipe()
+    reader.callback(os.close, read)
+    writer.callback(os.close, write)
+    return read, write
 
 
 def raised_again(payload: bytes) -> LogitLakeError:

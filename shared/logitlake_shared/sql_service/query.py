@@ -25,8 +25,6 @@ from logitlake_shared.sql_service.records import SqlRequest
 
 __all__ = ["Query", "Reason", "SqlResult"]
 
-# A killed process is gone in no time, unless the disk or the machine hangs.
-_END_TIMEOUT_S = 1.0
 Reason = Literal["", "answered", "failed", "timeout", "cancelled", "closed"]
 
 
@@ -56,8 +54,6 @@ class Query:
         if worker is not None:
             worker.kill()
         self._finished(self)
-        if worker is not None:
-            worker.wait(_END_TIMEOUT_S)
         return True
 
     def begin(self) -> "SqlResult":
@@ -65,9 +61,9 @@ class Query:
         said = self._json(self.next_frame(b"S")[1])
         schema = _read_stream(self.next_frame(b"A")[1]).schema
         snapshot = said.get("snapshot")
-        if not isinstance(snapshot, dict):
+        if not isinstance(snapshot, dict) or not all(isinstance(number, int) for number in snapshot.values()):
             raise WorkerEndedError("gave an answer that is none")
-        return SqlResult(self, schema, {str(name): int(number) for name, number in snapshot.items()})
+        return SqlResult(self, schema, snapshot)
 
     def next_frame(self, expected: bytes) -> tuple[bytes, bytes]:
         """The next frame, whose kind must be one of `expected`. Raises as `SqlPool.run` does."""

@@ -27,6 +27,7 @@ from logitlake_schemas import layout
 from logitlake_shared.catalog import Catalog
 from logitlake_shared.errors import (
     ConfigError,
+    LakeError,
     LogitLakeError,
     QueryCrashedError,
     QueryError,
@@ -44,7 +45,7 @@ _BATCH_ROWS = 2048
 # After the pool's own deadline: it is there for a worker that the pool cannot end any longer.
 _ALARM_AFTER_S = 1.0
 _MESSAGE_CHARS = 4000
-_PATH = re.compile(r"(?<![\w.:/-])/(?:[^\s/'\"`:;,()]+/)+[^\s/'\"`:;,()]*|file:///?\S+")
+_PATH = re.compile(r"(?<![\w.:/-])/(?:[^\s/'\"`:;,()]+/)+[^\s/'\"`:;,()]*|\b[a-z0-9+]+://[^\s'\"]+")
 _NO_MEMORY = re.compile(
     r"out of memory|bad_alloc|bad allocation|(failed to|cannot|could not) allocate|malloc of size"
     r"|can't start new thread|thread constructor failed",
@@ -203,6 +204,9 @@ def _explained(error: BaseException, lake: str) -> bytes:
         # The advice that follows is for people who may set DuckDB's settings.
         first = message.partition("\n")[0]
         message = f"the question needs more memory than it may have; ask for less at once ({first})"
+    elif is_remote(lake) and isinstance(error, LakeError) and not isinstance(error, QueryError):
+        # What follows is the client's own account: addresses, headers, retries.
+        message = message.partition(" failed: ")[0] + " failed in the object store" * (" failed: " in message)
     elif not isinstance(error, LogitLakeError):
         name, message = QueryCrashedError.__name__, f"the worker failed with {name}: {message}"
     for place in sorted({lake, str(Path(lake).resolve()) if not is_remote(lake) else lake}, key=len, reverse=True):

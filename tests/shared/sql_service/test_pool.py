@@ -1,5 +1,6 @@
 """Who runs, who waits, who is told to come back, and what becomes of processes, whatever happens to one."""
 
+import gc
 import json
 import os
 import pickle
@@ -247,6 +248,42 @@ def test_an_answer_that_nobody_reads_holds_its_place_until_closed(single: SqlPoo
         result.read_all()
 
 
+def test_closing_from_another_thread_ends_the_reading(single: SqlPool, threads: ThreadPoolExecutor) -> None:
+    """A caller that goes away while its answer is awaited: the one who reads is told, the place is free."""
+    # Some rows come at once, then nothing for a long time.
+    slow = "levenshtein(repeat('a', 1000000 + range::INT), repeat('b', 1000000))"
+    sql = f"SELECT range AS x, 0 AS y FROM range(5000) UNION ALL SELECT range, {slow} FROM range(2)"
+    result = single.run(SqlRequest(sql, VISIBLE))
+    batches = iter(result)
+    assert next(batches).num_rows > 0
+    reading = threads.submit(lambda: [batch.num_rows for batch in batches])
+    result.close()
+    assert single.num_running == 0
+    with pytest.raises(QueryCancelledError):
+        reading.result()
+
+
+def test_an_abandoned_answer_leaves_nothing_open(single: SqlPool, alive: Callable[[int], bool]) -> None:
+    """Nobody reads or closes it: its deadline frees the place, and no descriptor stays."""
+    single.wait_ready()
+    request = SqlRequest("SELECT repeat('x', 1000) AS x FROM range(10000)", VISIBLE, timeout_s=1.0)
+    result = single.run(request)
+    pid = single.pids()[-1]
+    _until(single, lambda: single.num_running == 0)
+    del result
+    assert single.run(_ONE).read_all().num_rows == 1
+    single.wait_ready()
+    _until(single, lambda: not single._deadlines or single._deadlines[0][2].query_id != request.query_id)
+    gc.collect()
+    assert not alive(pid)
+    # The pool's own two, the nursery's socket and standard error, and three for the worker that is ready.
+    pipes = [link for link in Path("/proc/self/fd").iterdir() if _is_pipe(link)]
+    assert single.run(_ONE).read_all().num_rows == 1
+    single.wait_ready()
+    gc.collect()
+    assert len([link for link in Path("/proc/self/fd").iterdir() if _is_pipe(link)]) == len(pipes)
+
+
 def test_workers_end_with_their_service(lake: Path) -> None:
     """A service that is killed leaves no worker: those that wait end at once, one that runs at its deadline."""
     program = (
@@ -337,6 +374,13 @@ def test_bytes_that_are_no_answer_are_a_crash() -> None:
             except WorkerEndedError:
                 bad += 1
     assert bad > len(good) // 6
+
+
+def _is_pipe(link: Path) -> bool:
+    try:
+        return str(link.readlink()).startswith("pipe")
+    except FileNotFoundError:  # the listing's own
+        return False
 
 
 def _children() -> set[int]:
