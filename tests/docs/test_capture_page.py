@@ -7,6 +7,7 @@ import pytest
 
 from logitlake_shared.config import field_table
 from logitlake_teacher.config import CaptureConfig, EstimateConfig, PairsConfig
+from logitlake_teacher.config.serve import ServeConfig
 from logitlake_teacher.planning.estimate import estimate, prefill_rate
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +55,10 @@ def readme_table(command: str) -> list[str]:
 def test_the_readme_holds_every_key_of_capture() -> None:
     """Between its markers stands what `field_table` makes of the configuration now."""
     assert readme_table("capture") == field_table(CaptureConfig).strip().splitlines()
+
+
+def test_the_readme_holds_every_key_of_serve() -> None:
+    assert readme_table("serve") == field_table(ServeConfig).strip().splitlines()
 
 
 def test_the_readme_holds_what_pairs_has_beside_it() -> None:

@@ -17,9 +17,12 @@ import struct
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
-from logitlake_shared.errors import ConfigError, QueryError, QueryRefusedError
+from pydantic import Field, model_validator
+
+from logitlake_shared.config import StrictModel
+from logitlake_shared.errors import QueryError, QueryRefusedError
 
 __all__ = [
     "ASK_LAYERS",
@@ -46,41 +49,42 @@ Scalar = str | int | float | bool | None
 Parameters = Sequence[Scalar] | Mapping[str, Scalar]
 
 
-@dataclass(frozen=True)
-class SqlLimits:
+class SqlLimits(StrictModel):
     """What a pool allows; all of it is the operator's to say."""
 
-    num_running: int = 2
+    num_running: int = Field(default=2, gt=0)
     """questions that run at the same time"""
-    num_warm: int = 2
+    num_warm: int = Field(default=2, ge=0)
     """workers that wait, ready, for the next question"""
-    num_waiting: int = 16
+    num_waiting: int = Field(default=16, ge=0)
     """questions that may wait for others to end; one more is told that the pool is busy"""
-    timeout_s: float = 10.0
-    """from the request to the last byte that is read; a request may ask for less"""
-    max_timeout_s: float = 60.0
-    max_rows: int = 10_000
-    """of an answer, where the request does not say"""
-    max_rows_cap: int = 1_000_000
+    timeout_s: float = Field(default=10.0, gt=0)
+    """seconds from the request to the last byte that is read; a request may ask for another time"""
+    max_timeout_s: float = Field(default=60.0, gt=0)
     """what a request may ask for"""
-    max_bytes: int = 16 * 2**20
-    """of an answer in Arrow's format, where the request does not say"""
-    max_bytes_cap: int = 256 * 2**20
-    memory_mib: int = 1024
+    max_rows: int = Field(default=10_000, gt=0)
+    """rows of an answer, where the request does not say"""
+    max_rows_cap: int = Field(default=1_000_000, gt=0)
+    """what a request may ask for"""
+    max_bytes: int = Field(default=16 * 2**20, gt=0)
+    """bytes of an answer in Arrow's format, where the request does not say"""
+    max_bytes_cap: int = Field(default=256 * 2**20, gt=0)
+    """what a request may ask for"""
+    memory_mib: int = Field(default=1024, gt=0)
     """that a worker may add to what it has when it is ready: DuckDB's buffers get half of it"""
-    threads: int = 2
+    threads: int = Field(default=2, gt=0)
     """DuckDB's, of a worker"""
-    open_files: int = 256
+    open_files: int = Field(default=256, gt=0)
+    """of a worker"""
     required_layers: tuple[str, ...] = ()
-    """layers of the sandbox without which no question is answered: see `sandbox.LAYERS`"""
+    """layers of the sandbox without which no question is answered; default: a worker takes what the kernel offers"""
 
-    def __post_init__(self) -> None:
-        for name in ("num_running", "timeout_s", "max_timeout_s", "max_rows", "max_bytes", "memory_mib", "threads"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"SqlLimits.{name}: got {getattr(self, name)}, expected more than 0")
+    @model_validator(mode="after")
+    def _within_caps(self) -> Self:
         for name, cap in (("timeout_s", "max_timeout_s"), ("max_rows", "max_rows_cap"), ("max_bytes", "max_bytes_cap")):
             if getattr(self, name) > getattr(self, cap):
-                raise ConfigError(f"SqlLimits.{name}: got {getattr(self, name)}, more than {cap} {getattr(self, cap)}")
+                raise ValueError(f"{name} is {getattr(self, name)}, more than {cap}, {getattr(self, cap)}")
+        return self
 
 
 def new_query_id() -> str:

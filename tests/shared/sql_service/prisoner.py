@@ -31,7 +31,7 @@ _MEMORY_MIB = 256
 def main() -> None:
     """The program."""
     lake, other, statements = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
-    given: dict[str, Any] = vars(SqlLimits()) | {"memory_mib": _MEMORY_MIB}
+    given: dict[str, Any] = SqlLimits().model_dump() | {"memory_mib": _MEMORY_MIB}
     library = ctypes.CDLL(None, use_errno=True)
     layers = enter_early(network=False)
     connection = connect(given)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 from tests.shared.sql_service.conftest import VISIBLE, make_sql_unit
 from tests.shared.sql_service.questions import QUESTIONS
 
 from logitlake_shared.catalog import Catalog, publish_catalog
-from logitlake_shared.errors import ConfigError, LakeCorruptError, LakeError, QueryError, QueryTooLargeError
+from logitlake_shared.errors import LakeCorruptError, LakeError, QueryError, QueryTooLargeError
 from logitlake_shared.lake import Lake
 from logitlake_shared.sql_service import SqlLimits, SqlPool, SqlRequest
 from logitlake_shared.sql_service.grammar import RELATIONS
@@ -182,7 +183,7 @@ def test_limits_above_the_pools_are_refused(pool: SqlPool, name: str, value: Any
 @pytest.mark.parametrize("limits", [{"num_running": 0}, {"memory_mib": -1}, {"timeout_s": 61.0}, {"max_rows": 10**7}])
 def test_limits_that_contradict_are_refused(limits: dict[str, Any]) -> None:
     """A pool of such limits is not made."""
-    with pytest.raises(ConfigError, match=next(iter(limits))):
+    with pytest.raises(ValidationError, match=next(iter(limits))):
         SqlLimits(**limits)
 
 
