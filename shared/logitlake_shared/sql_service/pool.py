@@ -179,7 +179,8 @@ class SqlPool:
             heapq.heappush(self._deadlines, (query.deadline, next(self._order), query))
             self._wake()
             try:
-                self._changed.wait_for(lambda: query.runs or query.reason)
+                if not self._changed.wait_for(lambda: query.runs or query.reason, query.seconds_left()):
+                    query.end("timeout")
             except BaseException:
                 query.end("cancelled")
                 raise
@@ -194,7 +195,11 @@ class SqlPool:
     def _take_worker(self, query: Query) -> WorkerProcess:
         with self._changed:
             try:
-                self._changed.wait_for(lambda: self._ready or query.reason or self._cannot_start())
+                ready = self._changed.wait_for(
+                    lambda: self._ready or query.reason or self._cannot_start(), query.seconds_left()
+                )
+                if not ready:
+                    query.end("timeout")
                 if not query.reason and self._ready:
                     query.worker = self._ready.popleft()
             finally:

@@ -40,6 +40,7 @@ main()
 _FRAME_EXTRA_BYTES = 2**20
 # From the signal that nobody can refuse, or from the end of its output, to its end.
 _END_TIMEOUT_S = 5.0
+_CODES = 4096
 # A fork takes milliseconds; a machine that swaps takes its time.
 _FORK_TIMEOUT_S = 10.0
 _STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_", "OBJECT_STORE_", "SSL_CERT_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
@@ -144,11 +145,6 @@ class Nursery:
         """Whether it is known that a worker ended."""
         return pid in self._codes
 
-    def forget(self, pid: int) -> None:
-        """Nobody will ask how this worker ended."""
-        with self._state:
-            self._codes.pop(pid, None)
-
     def close(self) -> None:
         """Ends it. Workers that wait end by themselves when their pipes are closed. Calling it twice is fine."""
         if self._process.poll() is None:
@@ -180,6 +176,8 @@ class Nursery:
                         self._forked.append((number, more))
                     elif kind == b"X":
                         self._codes[number] = more
+                        while len(self._codes) > _CODES:  # of workers that nobody asks about any longer
+                            del self._codes[next(iter(self._codes))]
                 else:
                     self._gone = True
                 self._state.notify_all()
@@ -242,18 +240,24 @@ class WorkerProcess:
             else:
                 os.kill(self.pid, signal.SIGKILL)
 
-    def wait(self, timeout_s: float) -> int | None:
-        """The code that it ended with, or minus the signal; None while it has not, or where nobody knows."""
-        return self._nursery.code_of(self.pid, timeout_s)
+    def wait(self, timeout_s: float) -> None:
+        """Waits until it ended, at most so long."""
+        if self._handle is None:
+            self._nursery.code_of(self.pid, timeout_s)
+        elif not self._closed:
+            poll = select.poll()
+            poll.register(self._handle, select.POLLIN)
+            poll.poll(timeout_s * 1000)
 
     def close(self) -> None:
         """Ends it, waits for its end and closes the pipes. Calling it twice is fine."""
+        if self._closed:
+            return
         self.kill()
         self.wait(_END_TIMEOUT_S)
         # Whoever reads is at the end of the pipe now; a number must not become another file's while it is read.
         with self._pipes, self._life:
             self._close_pipes()
-        self._nursery.forget(self.pid)
 
     def __del__(self) -> None:
         # An answer that nobody read to its end or closed.
@@ -292,7 +296,7 @@ class WorkerProcess:
             raise TooLateError("did not answer")
 
     def _how_it_ended(self) -> str:
-        code = self.wait(_END_TIMEOUT_S)
+        code = self._nursery.code_of(self.pid, _END_TIMEOUT_S)
         if code is None:
             return "ended"
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

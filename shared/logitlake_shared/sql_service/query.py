@@ -44,6 +44,10 @@ class Query:
         self._finished = finished
         self._lock = threading.Lock()
 
+    def seconds_left(self) -> float:
+        """Until its deadline."""
+        return max(0.0, self.deadline - time.monotonic())
+
     def end(self, reason: Reason) -> bool:
         """Ends it for this reason; False when it ended before."""
         with self._lock:

@@ -171,6 +171,21 @@ def test_a_nursery_that_ended_is_replaced(single: SqlPool, threads: ThreadPoolEx
     assert single.run(_ONE).read_all().num_rows == 1
 
 
+def test_a_nursery_that_hangs_holds_up_no_deadline(lake: Path) -> None:
+    """Where no worker comes, a question ends at its deadline all the same; once one can come, it is answered."""
+    with SqlPool(lake, SqlLimits(num_running=1, num_warm=1, timeout_s=30.0)) as pool:
+        pool.wait_ready()
+        nursery = pool.pids()[0]
+        os.kill(nursery, signal.SIGSTOP)
+        assert pool.run(_ONE).read_all().num_rows == 1  # the worker that was ready
+        started = time.monotonic()
+        with pytest.raises(QueryTimeoutError):
+            pool.run(SqlRequest("SELECT 1", VISIBLE, timeout_s=1.0))
+        assert time.monotonic() - started < 2.0
+        os.kill(nursery, signal.SIGCONT)
+        assert pool.run(SqlRequest("SELECT 1", VISIBLE)).read_all().num_rows == 1
+
+
 def test_warm_workers_stay(single: SqlPool, alive: Callable[[int], bool]) -> None:
     """Nothing runs out while a worker waits: no processor time, no alarm. The same process answers in the end."""
     single.wait_ready()
