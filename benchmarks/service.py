@@ -2,10 +2,10 @@
 
     python -m benchmarks.service [--json] [--quick]
 
-The service is a process of its own, over a lake of made-up samples. SQL: the median time of a question over HTTP, beside
-the same question in this process (a catalog opened for it, as the service does), in turns. Mixed: 200 questions, 16 at a
-time, every tenth hostile; nothing that should be answered may fail, and `/readyz` is asked all the while. Files: a shard
-over HTTP, beside the same file from `python -m http.server`, in turns.
+The service is a process of its own, over a lake of made-up samples. SQL: the median time of a question, beside the
+same question in this process (a catalog opened for it, as the service does), in turns. Mixed: 200 questions, 16 at a
+time, every tenth hostile; nothing that should be answered may fail, and `/readyz` is asked all the while. Files: a
+shard, beside the same file from `python -m http.server`, in turns.
 """
 
 import os
