@@ -55,6 +55,8 @@ _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 _CLONE_THREAD, _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000, 0x10000000, 0x40000000
 _SYS_SECCOMP = {"x86_64": 317, "aarch64": 277}
 _SYS_CAPSET = {"x86_64": 126, "aarch64": 91}
+_SIGNALS_BY_FCNTL = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+_SIGNALS_BY_IOCTL = (0x5412, 0x8901, 0x8902)  # TIOCSTI, FIOSETOWN, SIOCSPGRP
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
@@ -275,6 +277,12 @@ def _program(machine: str, denied: Sequence[int], judged: dict[str, int]) -> lis
     # A signal to oneself, as `abort` sends it.
     program += [(equal, 0, 4, judged["tgkill"]), argument(0), (equal, 1, 0, os.getpid())]
     program += [(answer, 0, 0, refuse), (answer, 0, 0, allow)]
+    # Not to have the kernel send signals to others, or put keys into a terminal.
+    for name, operations in (("fcntl", _SIGNALS_BY_FCNTL), ("ioctl", _SIGNALS_BY_IOCTL)):
+        count = len(operations)
+        program += [(equal, 0, count + 3, judged[name]), argument(1)]
+        program += [(equal, count - place, 0, operation) for place, operation in enumerate(operations)]
+        program += [(answer, 0, 0, allow), (answer, 0, 0, refuse)]
     # To ask for a limit, not to set one.
     program += [(equal, 0, 5, judged["prlimit64"]), argument(2), (equal, 0, 2, 0), argument(2, high=True)]
     program += [(equal, 1, 0, 0), (answer, 0, 0, refuse)]

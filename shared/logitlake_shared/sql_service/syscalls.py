@@ -155,6 +155,8 @@ vhangup 153 58
 _JUDGED = """
 clone 56 220
 clone3 435 435
+fcntl 72 25
+ioctl 16 29
 open 2 -
 openat 257 56
 openat2 437 437

@@ -6,11 +6,13 @@ Prints one JSON object: the layers, and for each attempt what came of it: "done"
 """
 
 import ctypes
+import fcntl
 import json
 import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -71,6 +73,7 @@ def main() -> None:
         "read its cache": spec.read_bytes,
         "list its cache": lambda: list((lake / "caches/main/shards").iterdir()),
         "start a thread": lambda: in_thread(lambda: None),
+        "look at a descriptor": lambda: (fcntl.fcntl(0, fcntl.F_GETFL), os.set_blocking(1, True)),
         "ask DuckDB": lambda: connection.execute("SELECT 1").fetchall(),
         # reading
         "read another cache": (lake / "caches/hidden/spec.json").read_bytes,
@@ -107,6 +110,9 @@ def main() -> None:
         "replace itself": lambda: os.execv("/bin/true", ["/bin/true"]),
         "ask whether another is there": lambda: os.kill(other, 0),
         "end another": lambda: os.kill(other, signal.SIGTERM),
+        "have another signalled": lambda: fcntl.fcntl(0, fcntl.F_SETOWN, other),
+        "choose the signal": lambda: fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL),
+        "have another signalled in an older way": lambda: fcntl.ioctl(0, 0x8901, struct.pack("i", other)),
         "trace another": lambda: system_call("ptrace", 16, other, 0, 0),
         "leave its session": os.setsid,
         "raise a limit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1)),

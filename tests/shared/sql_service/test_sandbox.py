@@ -18,7 +18,14 @@ from logitlake_shared.sql_service import SqlLimits, SqlPool, SqlRequest, layers
 from logitlake_shared.sql_service.process import _environment
 from logitlake_shared.sql_service.sandbox import LAYERS
 
-_WORKS = {"read the manifest", "read its cache", "list its cache", "start a thread", "ask DuckDB"}
+_WORKS = {
+    "look at a descriptor",
+    "read the manifest",
+    "read its cache",
+    "list its cache",
+    "start a thread",
+    "ask DuckDB",
+}
 
 
 @pytest.fixture(scope="module")
