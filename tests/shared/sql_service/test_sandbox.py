@@ -1,7 +1,9 @@
 """The kernel's part, alone: a process that tries everything, with DuckDB neither gated nor locked."""
 
+import errno
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,8 @@ from logitlake_shared.errors import ConfigError, LogitLakeError
 from logitlake_shared.lake import Lake
 from logitlake_shared.sql_service import SqlLimits, SqlPool, SqlRequest, layers
 from logitlake_shared.sql_service.process import _environment
-from logitlake_shared.sql_service.sandbox import LAYERS
+from logitlake_shared.sql_service.sandbox import _AUDIT_ARCH, LAYERS, _program
+from logitlake_shared.sql_service.syscalls import DENIED, NUMBERS
 
 _WORKS = {
     "look at a descriptor",
@@ -129,6 +132,53 @@ def test_the_environment_is_not_the_services(lake: Path, monkeypatch: pytest.Mon
         assert held.count("pipe") == 2
         assert "socket" not in held
         assert {place for place in held if place.startswith("/")} <= {"/dev/null", *map(str, lake.rglob("*"))}
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_is_the_one_that_was_meant(machine: str) -> None:
+    """The filter's program, run by hand for both machines: what it refuses, and what it lets through."""
+    denied, judged = DENIED[machine], NUMBERS[machine]
+    program = _program(machine, list(denied.values()), judged)
+    allow, refuse, unknown, kill = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS, 0x80000000
+
+    def ask(number: int, *arguments: int, machine: str = machine) -> int:
+        data = struct.pack("=iIQ6Q", number, _AUDIT_ARCH[machine], 0, *arguments, *[0] * (6 - len(arguments)))
+        place, value = 0, 0
+        while True:
+            code, if_true, if_false, constant = program[place]
+            place += 1
+            match code:
+                case 0x20:
+                    (value,) = struct.unpack_from("=I", data, constant)
+                case 0x06:
+                    return constant
+                case _:
+                    held = {0x15: value == constant, 0x45: bool(value & constant), 0x35: value >= constant}[code]
+                    place += if_true if held else if_false
+
+    assert {ask(number) for number in denied.values()} == {refuse}
+    assert not set(denied.values()) & set(judged.values())
+    untouched = set(range(460)) - set(denied.values()) - set(judged.values())
+    assert {ask(number, 2**64 - 1, 2**64 - 1, 2**64 - 1) for number in untouched} == {allow}
+    assert {ask(judged[name]) for name in ("clone3", "openat2")} == {unknown}
+    assert [ask(judged["clone"], flags) for flags in (0x10000, 0x10000 | 0x100, 17, 0)] == [
+        allow,
+        allow,
+        refuse,
+        refuse,
+    ]
+    for name, before in (("open", 1), ("openat", 2)):
+        if name in judged:
+            flags = (os.O_RDONLY, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY, os.O_RDWR, os.O_WRONLY, os.O_CREAT)
+            assert [ask(judged[name], *[0] * before, flag) for flag in flags] == [allow, allow, refuse, refuse, refuse]
+    assert [ask(judged["tgkill"], pid) for pid in (os.getpid(), 1)] == [allow, refuse]
+    assert [ask(judged["prlimit64"], 0, 0, new) for new in (0, 1, 1 << 32)] == [allow, refuse, refuse]
+    assert [ask(judged["fcntl"], 0, command) for command in (3, 4, 8, 10, 15)] == [allow, allow, refuse, refuse, refuse]
+    assert [ask(judged["ioctl"], 0, command) for command in (0x5401, 0x8901)] == [allow, refuse]
+    other = {"x86_64": "aarch64", "aarch64": "x86_64"}[machine]
+    assert ask(0, machine=other) == kill
+    if machine == "x86_64":
+        assert ask(0x40000000) == refuse
 
 
 def test_messages_hold_no_paths(lake: Path, pool: SqlPool) -> None:
