@@ -1,4 +1,4 @@
-"""A real lake of three caches, and a pool over it. Made once: what a question cannot change can be shared."""
+"""A real lake of three caches, made once, and a pool over it: what a question cannot change can be shared."""
 
 import hashlib
 import os
@@ -59,7 +59,7 @@ def fill(made: Lake) -> None:
     pairs.snapshot()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool(lake: Path) -> Iterator[SqlPool]:
     """A pool with small limits, so that the tests of limits are quick."""
     limits = SqlLimits(num_running=2, num_warm=3, num_waiting=64, timeout_s=30.0, memory_mib=512)
