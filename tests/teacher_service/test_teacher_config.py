@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 import logitlake_teacher
 from logitlake_schemas import SampledPolicy
 from logitlake_shared.config import load_config, to_toml
 from logitlake_shared.errors import ConfigError
 from logitlake_teacher.config import CaptureConfig, HfEngineConfig, PairsConfig, RayExecutorConfig
+from logitlake_teacher.config.serve import ServeConfig
 
 CONFIGS = sorted((Path(logitlake_teacher.__file__).parent / "configs").glob("*.toml"))
 
@@ -17,7 +19,8 @@ CONFIGS = sorted((Path(logitlake_teacher.__file__).parent / "configs").glob("*.t
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_a_shipped_template_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
     """`--dry-run` of a template is itself a configuration, equal to it."""
-    cls = PairsConfig if path.name.startswith("pairs") else CaptureConfig
+    classes: dict[str, type[BaseModel]] = {"pairs": PairsConfig, "capture": CaptureConfig, "serve": ServeConfig}
+    cls = classes[path.stem.partition("-")[0]]
     config = load_config(cls, path)
     (tmp_path / "resolved.toml").write_text(to_toml(config), encoding="utf-8")
     assert load_config(cls, tmp_path / "resolved.toml") == config

@@ -7,9 +7,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 from starlette.applications import Starlette
 from starlette.routing import Route
+from tests.contract.conftest import s3_bucket, s3_endpoint
 from tests.served import served
 
 from logitlake_schemas import layout
@@ -19,6 +19,8 @@ from logitlake_shared.lake import Lake
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.store import TOKEN_VARIABLE, ObjectStore, open_store
 from logitlake_shared.web.lake_files import LakeFiles
+
+__all__ = ["s3_bucket", "s3_endpoint"]
 
 UNDER = "/v1/files"
 BYTES = bytes(range(256)) * 9
@@ -123,31 +125,14 @@ def test_what_may_not_be_read_is_neither_served_nor_listed(small_lake: Path) -> 
 
 
 @pytest.fixture(params=["folder", "s3"])
-def large(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def large(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The address of an object of `BYTES`, served from a folder and from an object store."""
     name = "caches/main/shards/000001-large.parquet"
-    if request.param == "folder":
-        store = open_store(tmp_path / "lake")
-        store.put_new(name, BYTES)
-        with served(app(store)) as url:
-            yield f"{url}{UNDER}/{name}"
-        return
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    for key, value in {"ENDPOINT": endpoint, "ALLOW_HTTP": "true", "REGION": "us-east-1"}.items():
-        monkeypatch.setenv(f"AWS_{key}", value)
-    for key in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(f"AWS_{key}", "x")
-    try:
-        httpx.put(f"{endpoint}/bucket")
-        store = open_store("s3://bucket/lake")
-        store.put_new(name, BYTES)
-        with served(app(store)) as url:
-            yield f"{url}{UNDER}/{name}"
-    finally:
-        server.stop()
+    bucket = request.param == "s3" and request.getfixturevalue("s3_bucket")
+    store = open_store(f"s3://{bucket}/lake" if bucket else tmp_path / "lake")
+    store.put_new(name, BYTES)
+    with served(app(store)) as url:
+        yield f"{url}{UNDER}/{name}"
 
 
 @pytest.mark.parametrize(
