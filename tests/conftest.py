@@ -15,6 +15,7 @@ from PIL import Image
 from tests.tiny_models import save_tiny_llava, save_tiny_qwen_vl
 
 from logitlake_schemas import (
+    CacheKind,
     CaptureSpec,
     CodecPolicy,
     DatasetIdentity,
@@ -65,11 +66,10 @@ def make_teacher_rows(
     )
 
 
-@pytest.fixture
-def capture_spec() -> CaptureSpec:
-    """A spec of samples, complete and small."""
+def make_spec(kind: CacheKind = "samples") -> CaptureSpec:
+    """A spec, complete and small."""
     return CaptureSpec(
-        kind="samples",
+        kind=kind,
         tokenizer=TokenizerIdentity(
             token_map_sha256="a" * 64,
             chat_template_sha256="b" * 64,
@@ -89,6 +89,12 @@ def capture_spec() -> CaptureSpec:
         codec=CodecPolicy(k_max=8, k_min=2),
         dataset=DatasetIdentity(snapshot_sha256="d" * 64, num_samples=6, unit_tokens=100),
     )
+
+
+@pytest.fixture
+def capture_spec() -> CaptureSpec:
+    """A spec of samples."""
+    return make_spec()
 
 
 @pytest.fixture

@@ -120,7 +120,11 @@ class Lake:
     def cache_names(self) -> list[str]:
         """The caches of the lake, sorted."""
         names = [folder.rsplit("/", 1)[-1] for folder in self.store.folders(layout.cache_names_prefix())]
-        return [name for name in names if self.store.size(layout.spec_path(name)) is not None]
+        return [name for name in names if self.has_cache(name)]
+
+    def has_cache(self, name: str) -> bool:
+        """Whether there is a cache of this name; looks at nothing else."""
+        return layout.valid_name(name) and self.store.size(layout.spec_path(name)) is not None
 
     def create_cache(self, name: str, spec: CaptureSpec) -> "Cache":
         """The cache `name` with this spec, made if it is not there.
@@ -239,7 +243,7 @@ class Cache:
         while True:
             # In this order: what snapshot N names was committed before N was made, so a list made after N was seen
             # holds all of it, and no snapshot says less than the one before.
-            newest = self._newest_snapshot_number()
+            newest = self.newest_snapshot_number()
             commits = self.commits()
             if newest:
                 latest = self.open_snapshot(newest)
@@ -251,11 +255,16 @@ class Cache:
 
     def has_snapshot(self) -> bool:
         """Whether there is anything for a reader to pin."""
-        return self._newest_snapshot_number() > 0
+        return self.newest_snapshot_number() > 0
+
+    def newest_snapshot_number(self) -> int:
+        """The number of the newest snapshot; 0 before there is one."""
+        names = self.store.names(layout.snapshots_prefix(self.name))
+        return layout.snapshot_number(names[-1]) if names else 0
 
     def open_snapshot(self, number: int | None = None) -> Snapshot:
         """Snapshot `number`, or the newest. Raises `LakeError` when there is none."""
-        wanted = self._newest_snapshot_number() if number is None else number
+        wanted = self.newest_snapshot_number() if number is None else number
         path = layout.snapshot_path(self.name, wanted)
         data = self.store.get(path) if wanted > 0 else None
         if data is None:
@@ -354,10 +363,6 @@ class Cache:
                 f"unit {result.unit}: storing it costs {error.kl_mean:.2e} nats a token, over the budget of "
                 f"{codec.max_mean_kl:.2e}; set codec.grid=exact or raise codec.max_mean_kl"
             )
-
-    def _newest_snapshot_number(self) -> int:
-        names = self.store.names(layout.snapshots_prefix(self.name))
-        return layout.snapshot_number(names[-1]) if names else 0
 
 
 def _check_name(what: str, name: str) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 import obstore
@@ -144,11 +144,17 @@ class ObjectStore:
 
     def folders(self, prefix: str) -> list[str]:
         """The folders directly below the folder `prefix`, sorted, as names; does not list what is in them."""
+        return self.level(prefix)[0]
+
+    def level(self, prefix: str) -> tuple[list[str], list[StoredObject]]:
+        """What is directly below the folder `prefix`, folders and objects, sorted; does not look into the folders."""
         try:
-            listed = obstore.list_with_delimiter(self._backend, prefix)["common_prefixes"]
-            return sorted(name for name in map(self._name, listed) if name.startswith(f"{prefix}/"))
+            listed = obstore.list_with_delimiter(self._backend, prefix)
+            folders = {self._name(name) for name in listed["common_prefixes"]} - {prefix}
+            objects = [self._object(entry) for entry in listed["objects"]]
         except Exception as error:
             raise LakeError(f"{self.uri}: listing {prefix} failed: {error}") from error
+        return sorted(folders), sorted(objects, key=lambda entry: entry.name)
 
     def leftovers(self, prefix: str) -> list[StoredObject]:
         """What writers that were stopped left below the folder `prefix`: no listing shows it as an object.
@@ -185,11 +191,13 @@ class ObjectStore:
     def _name(self, listed: str) -> str:
         return listed.removeprefix(self._listed_under)
 
+    def _object(self, listed: Any) -> StoredObject:
+        return StoredObject(self._name(listed["path"]), listed["size"], listed["last_modified"])
+
     def _entries(self, prefix: str) -> Iterator[StoredObject]:
         try:
             for page in obstore.list(self._backend, prefix=prefix):
-                for entry in page:
-                    yield StoredObject(self._name(entry["path"]), entry["size"], entry["last_modified"])
+                yield from map(self._object, page)
         except Exception as error:
             raise LakeError(f"{self.uri}: listing {prefix} failed: {error}") from error
 

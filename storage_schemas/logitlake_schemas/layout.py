@@ -100,9 +100,9 @@ def catalog_number(path: str) -> int:
 
 
 def cache_of(path: str) -> str | None:
-    """The cache to which the object at `path` belongs; None for what belongs to the whole lake."""
+    """The cache to which the object or folder at `path` belongs; None for what belongs to the whole lake."""
     parts = path.split("/")
-    return parts[1] if parts[0] == cache_names_prefix() and len(parts) > 2 else None
+    return parts[1] if parts[0] == cache_names_prefix() and len(parts) > 1 else None
 
 
 def shard_prefixes(cache: str) -> tuple[str, str]:

@@ -130,10 +130,11 @@ def train_run(config: TrainConfig) -> Iterator[tuple[StageRun, dict[str, Any] | 
     Raises `ConfigError` while another process trains into the same output; nobody else can begin until all is done.
     """
     _check_trackers(config)
-    is_done = all(run.is_done() for run in plan_run(config))
+    runs = plan_run(config)
+    is_done = all(run.is_done() for run in runs)
     lock = nullcontext() if is_done or not is_first_rank() else output_lock(config.output)
     with room_explained(config.output), lock:
-        for run in plan_run(config):  # again: another process may have been at work until the lock was free
+        for run in runs:
             if not run.is_done():
                 yield run, _train_stage(config, run)
                 continue

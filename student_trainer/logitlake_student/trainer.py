@@ -161,7 +161,6 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
         While a step computes, a thread reads the next one: rows, pictures, padding.
         """
-
         read = super().get_batch_samples
 
         def fetch() -> list[Batch]:

@@ -45,7 +45,7 @@ HOSTILE = (
     "{{ 7*7 }}{% raw %}",
     "</textarea><script>alert(1)</script>",
     "&lt;b&gt;&amp;",
-    "a\u202eb\u0000c".replace("\u0000", ""),
+    "a\u202ebc",
     "%00%2f..",
     "x" * 3000,
     "😀‮‭",

@@ -159,7 +159,7 @@ def pin(lake: Lake, caches: Sequence[str] | None = None, snapshots: Mapping[str,
 
 def _known_cache(lake: Lake, name: str, caches: Sequence[str] | None) -> Cache:
     """The cache; the message for an unknown one does not name those that the caller may not know of."""
-    if caches is not None and (not layout.valid_name(name) or lake.store.size(layout.spec_path(name)) is None):
+    if caches is not None and not lake.has_cache(name):
         raise LakeError(f"{lake.store.uri}: no cache {name!r}")
     return lake.cache(name)
 

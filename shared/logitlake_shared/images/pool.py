@@ -11,7 +11,6 @@ import json
 import os
 import queue
 import select
-import signal
 import struct
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from logitlake_shared.errors import ConfigError, ImageError
 from logitlake_shared.image_decoder.decoding import ImageHeader, ImageLimits
 from logitlake_shared.image_decoder.process import READY, REPLY_LIMIT
 from logitlake_shared.images.records import DecodedImage
+from logitlake_shared.pipes import how_it_ended, ready_by, write_by
 
 __all__ = ["DecoderPool"]
 
@@ -190,21 +190,18 @@ class _Decoder:
         self._process.wait()
 
     def _write(self, data: bytes, deadline: float) -> None:
-        left = memoryview(data)
-        while left:
-            self._wait(self._in, select.POLLOUT, deadline)
-            try:
-                left = left[os.write(self._in, left) :]
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                raise DecoderDiedError(self._how_it_ended()) from error
+        try:
+            if not write_by(self._in, data, deadline):
+                raise _TooSlowError("did not answer")
+        except OSError as error:
+            raise DecoderDiedError(self._how_it_ended()) from error
 
     def _read(self, size: int, deadline: float) -> npt.NDArray[np.uint8]:
         buffer = np.empty(size, np.uint8)
         left = memoryview(buffer.data)
         while left:
-            self._wait(self._out, select.POLLIN, deadline)
+            if not ready_by(self._out, select.POLLIN, deadline):
+                raise _TooSlowError("did not answer")
             try:
                 count = os.readv(self._out, [left])
             except BlockingIOError:
@@ -214,16 +211,8 @@ class _Decoder:
             left = left[count:]
         return buffer
 
-    def _wait(self, handle: int, event: int, deadline: float) -> None:
-        poll = select.poll()
-        poll.register(handle, event)
-        remaining = deadline - time.monotonic()
-        if remaining <= 0 or not poll.poll(remaining * 1000):
-            raise _TooSlowError("did not answer")
-
     def _how_it_ended(self) -> str:
-        code = self._process.wait()
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return how_it_ended(self._process.wait())
 
 
 def checked_reply(head: bytes, limits: ImageLimits) -> Reply | ImageError:

@@ -18,7 +18,7 @@ promised, what each layer stops, and what is not covered.
 
 from logitlake_shared.sql_service.pool import SqlPool, layers
 from logitlake_shared.sql_service.query import SqlResult
-from logitlake_shared.sql_service.records import Parameters, SqlLimits, SqlRequest, new_query_id
+from logitlake_shared.sql_service.records import Parameters, SqlLimits, SqlRequest
 from logitlake_shared.sql_service.sandbox import Layer
 
-__all__ = ["Layer", "Parameters", "SqlLimits", "SqlPool", "SqlRequest", "SqlResult", "layers", "new_query_id"]
+__all__ = ["Layer", "Parameters", "SqlLimits", "SqlPool", "SqlRequest", "SqlResult", "layers"]

@@ -16,7 +16,7 @@ __all__ = [
     "TYPES",
 ]
 
-RELATIONS = frozenset({"samples", "tokens", "topk", "pairs", "images", "sample_index", "shards", "caches", "errors"})
+RELATIONS = ("samples", "tokens", "topk", "pairs", "images", "sample_index", "shards", "caches", "errors")
 """What a lake publishes; nothing else can be named, but what the question itself defines."""
 
 _PLACE = "alias query_location query_location_length"

@@ -27,7 +27,6 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -343,13 +342,12 @@ class SqlPool:
 
     def _end_late(self) -> None:
         now = time.monotonic()
-        late: list[Callable[[], object]] = []
+        late: list[Query] = []
         with self._changed:
             while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].reason):
-                query = heapq.heappop(self._deadlines)[2]
-                late.append(lambda query=query: query.end("timeout"))  # type: ignore[misc]
-        for end in late:
-            end()
+                late.append(heapq.heappop(self._deadlines)[2])
+        for query in late:
+            query.end("timeout")
 
 
 def layers(lake_uri: str | Path, limits: SqlLimits | None = None) -> list[Layer]:

@@ -13,13 +13,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from logitlake_shared import errors
 from logitlake_shared.errors import LogitLakeError, QueryCrashedError
+from logitlake_shared.pipes import how_it_ended, ready_by, write_by
 from logitlake_shared.sql_service.records import FRAME_HEADER, MESSAGE, SqlLimits, is_remote
 
 __all__ = ["Nursery", "TooLateError", "WorkerEndedError", "WorkerProcess", "raised_again"]
@@ -211,16 +211,13 @@ class WorkerProcess:
 
     def send(self, data: bytes, deadline: float) -> None:
         """Raises `WorkerEndedError`, `TooLateError`."""
-        left = memoryview(data)
         with self._pipes:
-            while left:
-                self._wait(self._in, select.POLLOUT, deadline)
-                try:
-                    left = left[os.write(self._in, left) :]
-                except BlockingIOError:
-                    continue
-                except OSError as error:
-                    raise WorkerEndedError(self._how_it_ended()) from error
+            self._check_open()
+            try:
+                if not write_by(self._in, data, deadline):
+                    raise TooLateError("did not answer")
+            except OSError as error:
+                raise WorkerEndedError(self._how_it_ended()) from error
 
     def read_frame(self, deadline: float, max_bytes: int = 0) -> tuple[bytes, bytes]:
         """The next frame: its kind and payload. Raises `WorkerEndedError`, `TooLateError`."""
@@ -272,7 +269,9 @@ class WorkerProcess:
 
     def _read(self, size: int, deadline: float) -> bytes:
         while len(self._received) < size:
-            self._wait(self._out, select.POLLIN, deadline)
+            self._check_open()
+            if not ready_by(self._out, select.POLLIN, deadline):
+                raise TooLateError("did not answer")
             try:
                 part = os.read(self._out, max(65536, size - len(self._received)))
             except BlockingIOError:
@@ -286,20 +285,13 @@ class WorkerProcess:
         del self._received[:size]
         return data
 
-    def _wait(self, handle: int, event: int, deadline: float) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise WorkerEndedError("was closed")
-        poll = select.poll()
-        poll.register(handle, event)
-        left = deadline - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000):
-            raise TooLateError("did not answer")
 
     def _how_it_ended(self) -> str:
         code = self._nursery.code_of(self.pid, _END_TIMEOUT_S)
-        if code is None:
-            return "ended"
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return "ended" if code is None else how_it_ended(code)
 
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:

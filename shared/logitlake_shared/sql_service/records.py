@@ -12,9 +12,7 @@ one says. A frame is `<kind: 1 byte> <length: 4 bytes> <payload>`:
 
 import json
 import math
-import os
 import struct
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -23,6 +21,7 @@ from pydantic import Field, model_validator
 
 from logitlake_shared.config import StrictModel
 from logitlake_shared.errors import QueryError, QueryRefusedError
+from logitlake_shared.ids import new_id
 
 __all__ = [
     "ASK_LAYERS",
@@ -35,7 +34,6 @@ __all__ = [
     "check_text",
     "frame",
     "is_remote",
-    "new_query_id",
 ]
 
 MAX_SQL_BYTES = 64 * 1024
@@ -87,11 +85,6 @@ class SqlLimits(StrictModel):
         return self
 
 
-def new_query_id() -> str:
-    """An id that sorts by time: `qry_`, milliseconds, 80 random bits."""
-    return f"qry_{int(time.time() * 1000):012x}{os.urandom(10).hex()}"
-
-
 @dataclass(frozen=True)
 class SqlRequest:
     """One question."""
@@ -106,7 +99,7 @@ class SqlRequest:
     timeout_s: float | None = None
     max_rows: int | None = None
     max_bytes: int | None = None
-    query_id: str = field(default_factory=new_query_id)
+    query_id: str = field(default_factory=lambda: new_id("qry"))
 
     def resolved(self, limits: SqlLimits) -> "SqlRequest":
         """With every limit filled in. Raises `QueryError` for one above what the pool allows, or no limit at all."""

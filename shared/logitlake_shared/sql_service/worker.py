@@ -177,8 +177,7 @@ def _readable(root: Path, caches: tuple[str, ...] | None) -> Iterator[Path]:
     else:
         names = [layout.LAKE_MANIFEST, layout.catalog_prefix()]
         places = [root / name for name in names]
-        places += [root / layout.spec_path(name) for name in caches if layout.valid_name(name)]
-        places = [place.parent if place.name == "spec.json" else place for place in places]
+        places += [root / layout.cache_prefix(name) for name in caches if layout.valid_name(name)]
     yield from (place for place in places if place.exists())
 
 

@@ -1,12 +1,16 @@
 """What both services' HTTP APIs stand on; beside their `api` packages the only place that imports fastapi or starlette.
 
-problems    every error as RFC 9457 problem+json, from one table of codes
-ids         typed, sortable ids
-tokens      bearer tokens: hashed, scoped, expiring, revocable
-doors       who is asking, and what they may do: one function decides
-limits      size of bodies, rate and number of requests
-headers     request ids, security headers, access log, metrics: around every answer
 app         an application with all of it in place, for services to add their routes to
+settings    what a service may be told
+frame       around every answer: request ids, security headers, access log, metrics
+doors       who is asking, and what they may do: one function decides
+tokens      bearer tokens: hashed, scoped, expiring, revocable
+sessions    how a browser shows its token
+limits      size of bodies, rate and number of requests
+problems    every error as RFC 9457 problem+json, from one table of codes
+html        pages, and errors as pages
+cursors     lists by the page
+logs        lines of JSON, without secrets
 serving     the process: where it may listen, how it ends
 lake_files  a lake's files, so that `lake = "https://…"` is a lake
 """

@@ -144,6 +144,8 @@ def _answered(request: Request, error: Exception) -> Response:
 
 def _status_answered(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, Problem):  # FastAPI makes a 400 of whatever goes wrong while it reads a body
+        return _answered(request, error.__cause__)
     detail = f"{request.method} {request.url.path}"
     return problem_response(problem_of_status(error.status_code, detail, error.headers), request)
 

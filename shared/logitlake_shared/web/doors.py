@@ -8,7 +8,9 @@ cache is `not_found`, never `forbidden`, so that names do not leak; `forbidden` 
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Annotated
 
+from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from logitlake_shared.errors import ConfigError
@@ -16,7 +18,7 @@ from logitlake_shared.web.problems import Problem
 from logitlake_shared.web.sessions import COOKIE, is_from_here
 from logitlake_shared.web.tokens import SCOPES, Token, TokenScope, TokenStore
 
-__all__ = ["Door", "Principal", "check_listening", "principal_of"]
+__all__ = ["Asking", "Door", "Principal", "check_listening", "principal_of"]
 
 _SAFE_METHODS = frozenset({"GET", "HEAD"})
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
@@ -85,9 +87,13 @@ class Door:
 
 
 def principal_of(request: HTTPConnection) -> Principal:
-    """Whoever made a request that was let in; also a dependency of FastAPI's."""
+    """Whoever made a request that was let in."""
     principal: Principal = request.state.principal
     return principal
+
+
+Asking = Annotated[Principal, Depends(principal_of)]
+"""the parameter of a route: whoever asks"""
 
 
 def check_listening(host: str, tokens: TokenStore | None, tokens_path: Path | None) -> None:

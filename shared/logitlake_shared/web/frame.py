@@ -16,9 +16,9 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from logitlake_shared.ids import new_id
 from logitlake_shared.web.doors import Door, Principal
 from logitlake_shared.web.html import problem_page, wants_page
-from logitlake_shared.web.ids import new_id
 from logitlake_shared.web.limits import Limits
 from logitlake_shared.web.logs import REQUEST_ID
 from logitlake_shared.web.problems import MEDIA_TYPE, Problem, problem_of
@@ -58,7 +58,7 @@ class HttpMetrics:
 
 
 class Frame:
-    """The outermost middleware. `is_open` are paths that everybody may ask for: probes."""
+    """The outermost middleware. `is_open` are paths that everybody may ask for: probes, and the way to log in."""
 
     def __init__(
         self, app: ASGIApp, *, door: Door, limits: Limits, metrics: HttpMetrics, is_open: Collection[str]
@@ -103,13 +103,14 @@ class Frame:
             REQUEST_ID.reset(token)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        receive = self._limits.bounded(scope, receive)
         if scope["path"] in self._is_open:
             await self._app(scope, receive, send)
             return
         principal = self._door.admit(HTTPConnection(scope))
         scope["state"]["principal"] = principal
         with self._limits.request(principal.id):
-            await self._app(scope, self._limits.bounded(scope, receive), send)
+            await self._app(scope, receive, send)
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or "none"

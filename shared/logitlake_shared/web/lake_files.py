@@ -99,11 +99,9 @@ class LakeFiles:
         objects: list[StoredObject] = []
         folders: list[str] = []
         for prefix in prefixes:
-            if is_deep:
-                objects += self._store.entries(prefix)
-            else:
-                folders += self._store.folders(prefix)
-                objects += [entry for entry in self._store.entries(prefix) if entry.name.rpartition("/")[0] == prefix]
+            below, here = ([], self._store.entries(prefix)) if is_deep else self._store.level(prefix)
+            folders += below
+            objects += here
         return (
             [entry for entry in objects if self._is_open(scope, entry.name)],
             [folder for folder in folders if self._is_open(scope, folder)],

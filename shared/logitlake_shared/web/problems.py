@@ -177,7 +177,8 @@ def problem_of(error: Exception) -> Problem:
 
 def problem_of_status(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Problem:
     """What a status that the framework came to is to the user."""
-    return Problem(_OF_STATUS.get(status, "internal"), detail, headers=dict(headers or {}))
+    other = "invalid_request" if 400 <= status < 500 else "internal"
+    return Problem(_OF_STATUS.get(status, other), detail, headers=dict(headers or {}))
 
 
 def scrubbed(text: str) -> str:

@@ -5,6 +5,7 @@ that changes something and comes with the cookie must come from a page of this s
 `Sec-Fetch-Site` or `Origin`.
 """
 
+from importlib.resources import files
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -34,8 +35,6 @@ def is_from_here(connection: HTTPConnection) -> bool:
 
 def session_routes(tokens: TokenStore | None) -> APIRouter:
     """Logging in and out, and the pages' looks."""
-    from importlib.resources import files
-
     router = APIRouter(include_in_schema=False)
     style = files("logitlake_shared.web") / "static" / "style.css"
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from logitlake_shared.errors import ConfigError
-from logitlake_shared.web.ids import new_id
+from logitlake_shared.ids import new_id
 
 __all__ = ["SCOPES", "Token", "TokenScope", "TokenStore", "without_tokens"]
 
@@ -30,7 +30,7 @@ TokenScope = Literal["read", "submit", "admin"]
 SCOPES: tuple[TokenScope, ...] = get_args(TokenScope)
 """each may do what those before it may"""
 
-_TOKEN = re.compile(r"llk_[A-Za-z0-9_-]{43}_[0-9a-f]{8}")
+_TOKEN = re.compile(r"llk_([A-Za-z0-9_-]{43})_([0-9a-f]{8})")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS tokens (
@@ -100,7 +100,8 @@ class TokenStore:
 
     def find(self, text: str) -> Token | None:
         """The token of this text, if it is valid now."""
-        if _TOKEN.fullmatch(text) is None or _checksum(text[4:47]) != text[48:]:
+        parts = _TOKEN.fullmatch(text)
+        if parts is None or _checksum(parts[1]) != parts[2]:
             return None
         now = time.time()
         rows = self._select("WHERE sha256 = ? AND revoked IS NULL AND coalesce(expires, 9e99) > ?", _digest(text), now)

@@ -3,5 +3,7 @@
 app        the application: routes, checks
 documents  what requests and answers hold
 caches     caches, snapshots and their files, samples
+sql        questions in SQL
+pages      the pages at `/`
 files      the lake's files, by range: `lake = "http://…/v1/files"`
 """

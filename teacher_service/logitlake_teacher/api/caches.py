@@ -4,6 +4,7 @@ Each route asks `CacheOf` for its cache, so a cache that the token does not cove
 """
 
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
@@ -17,7 +18,7 @@ from logitlake_shared.lake import Cache, Lake
 from logitlake_shared.tools.inspect_sample import FoundSample, find_sample, stored_images, view_sample
 from logitlake_shared.tools.token_text import find_token_text
 from logitlake_shared.web.cursors import Cursor, Limit, Page, page_of
-from logitlake_shared.web.doors import Principal, principal_of
+from logitlake_shared.web.doors import Asking
 from logitlake_shared.web.problems import Problem, scrubbed
 from logitlake_teacher.api.documents import (
     CacheDocument,
@@ -30,7 +31,6 @@ from logitlake_teacher.api.files import FILES
 
 __all__ = ["CacheOf", "SampleId", "cache_document", "cache_routes", "found_sample", "image_url", "lake_of"]
 
-Asking = Annotated[Principal, Depends(principal_of)]
 Name = Annotated[str, Path(max_length=100, examples=["main"])]
 SampleId = Annotated[str, Path(max_length=4096, examples=["train-00145-0-caption"])]
 # Formats of a lake's images, as browsers know them; anything else is bytes to be saved.
@@ -46,10 +46,9 @@ def lake_of(request: Request) -> Lake:
 def _cache(request: Request, asking: Asking, cache: Name) -> Cache:
     """The cache of the path, if it is there for whoever asks."""
     asking.require("read", cache)
-    lake = lake_of(request)
-    if cache not in lake.cache_names():
+    if not lake_of(request).has_cache(cache):
         raise Problem("not_found", f"no cache {cache!r}")
-    return lake.cache(cache)
+    return lake_of(request).cache(cache)
 
 
 CacheOf = Annotated[Cache, Depends(_cache)]
@@ -94,7 +93,7 @@ def _list_files(
     cache: CacheOf, number: Annotated[int, Path(ge=1)], limit: Limit = 50, cursor: Cursor = None
 ) -> Page[FileDocument]:
     """The committed files of a snapshot, by path, each with its sha256 and where its bytes are."""
-    entries = sorted((entry for commit in _snapshot(cache, number).commits for entry in commit.shards), key=_by_path)
+    entries = [entry for commit in _snapshot(cache, number).commits for entry in commit.shards]
     files = [
         (
             entry.path,
@@ -108,7 +107,7 @@ def _list_files(
                 url=f"{FILES}/{entry.path}",
             ),
         )
-        for entry in entries
+        for entry in sorted(entries, key=attrgetter("path"))
     ]
     return page_of(files, f"files of {cache.name} {number}", limit, cursor)
 
@@ -122,10 +121,10 @@ def _list_errors(
     cursor: Cursor = None,
 ) -> Page[dict[str, Any]]:
     """Samples that are not there, and why, in the newest snapshot."""
-    commits = cache.open_snapshot().commits if cache.has_snapshot() else ()
+    snapshot = _newest(cache)
     errors = [
         (f"{commit.unit} {place:09d}", {"unit": commit.unit} | error.model_dump(mode="json"))
-        for commit in commits
+        for commit in (() if snapshot is None else snapshot.commits)
         for place, error in enumerate(commit.errors)
         if code is None or error.code == code
     ]
@@ -170,7 +169,7 @@ def image_url(cache: Cache, sha256: str, sample_id: str) -> str:
 
 def cache_document(cache: Cache) -> CacheDocument:
     """A cache as its newest snapshot shows it."""
-    snapshot = cache.open_snapshot() if cache.has_snapshot() else None
+    snapshot = _newest(cache)
     return CacheDocument(
         name=cache.name,
         kind=cache.spec.kind,
@@ -182,10 +181,14 @@ def cache_document(cache: Cache) -> CacheDocument:
 
 
 def _snapshot(cache: Cache, number: int) -> Snapshot:
-    newest = cache.open_snapshot() if cache.has_snapshot() else None
-    if newest is None or number > newest.number:
+    if number > cache.newest_snapshot_number():
         raise Problem("not_found", f"cache {cache.name!r} has no snapshot {number}")
-    return newest if number == newest.number else cache.open_snapshot(number)
+    return cache.open_snapshot(number)
+
+
+def _newest(cache: Cache) -> Snapshot | None:
+    number = cache.newest_snapshot_number()
+    return cache.open_snapshot(number) if number else None
 
 
 def found_sample(lake: Lake, cache: Cache, sample_id: str) -> FoundSample:
@@ -194,8 +197,3 @@ def found_sample(lake: Lake, cache: Cache, sample_id: str) -> FoundSample:
         return find_sample(lake, sample_id, cache.name)
     except DataError:
         raise Problem("not_found", f"no sample or pair {sample_id!r} in cache {cache.name!r}") from None
-
-
-def _by_path(entry: Any) -> str:
-    path: str = entry.path
-    return path

@@ -6,7 +6,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from logitlake_shared.cache_figures import CacheFigures
 
-__all__ = ["CacheDocument", "ColumnDocument", "FileDocument", "SampleDocument", "SnapshotDocument", "ViewDocument"]
+__all__ = [
+    "CacheDocument",
+    "ColumnDocument",
+    "FileDocument",
+    "SampleDocument",
+    "SnapshotDocument",
+    "ViewDocument",
+    "figures_document",
+]
 
 
 class _Document(BaseModel):

@@ -7,16 +7,17 @@ row, which says what the teacher would have said instead.
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import HTMLResponse
 
 from logitlake_shared.errors import LogitLakeError
 from logitlake_shared.lake import Cache
 from logitlake_shared.sql_service import SqlRequest
+from logitlake_shared.sql_service.grammar import RELATIONS
 from logitlake_shared.tools.inspect_sample import TokenView, view_sample
 from logitlake_shared.tools.token_text import find_token_text
 from logitlake_shared.web.app import service_of
-from logitlake_shared.web.doors import Principal, principal_of
+from logitlake_shared.web.doors import Asking
 from logitlake_shared.web.html import render
 from logitlake_shared.web.problems import Problem, problem_of, scrubbed
 from logitlake_teacher.api.caches import CacheOf, SampleId, cache_document, found_sample, image_url, lake_of
@@ -24,7 +25,6 @@ from logitlake_teacher.api.sql import caches_asked, questions_of
 
 __all__ = ["page_routes"]
 
-Asking = Annotated[Principal, Depends(principal_of)]
 _PACKAGE = "logitlake_teacher.api"
 _SAMPLES = 50
 _TOP = 8
@@ -75,7 +75,8 @@ def _overview(request: Request, asking: Asking) -> HTMLResponse:
 
 def _cache(request: Request, cache: CacheOf, after: Annotated[str, Query(max_length=4096)] = "") -> HTMLResponse:
     tasks = samples = errors = []
-    if cache.has_snapshot():
+    document = cache_document(cache)
+    if document.snapshot is not None:
         tasks = _rows(
             request,
             cache,
@@ -100,7 +101,7 @@ def _cache(request: Request, cache: CacheOf, after: Annotated[str, Query(max_len
     return _page(
         request,
         "cache",
-        cache=cache_document(cache),
+        cache=document,
         tasks=tasks,
         samples=[sample | {"url": _sample_url(cache, sample["sample_id"])} for sample in shown],
         errors=errors,
@@ -133,9 +134,7 @@ def _sql(request: Request, asking: Asking, sql: Annotated[str, Query(max_length=
         questions = questions_of(request)
         try:
             asked = SqlRequest(sql, caches=caches_asked(lake_of(request), asking, None), max_rows=_ROWS)
-            with questions.begin(asking, asked) as result:
-                table = result.read_all()
-            questions.end(asking, asked, result, "answered")
+            table, result = questions.answer(asking, asked)
             columns = table.schema.names
             rows = [
                 [_cell(value) for value in row] for row in zip(*(c.to_pylist() for c in table.columns), strict=True)
@@ -145,7 +144,15 @@ def _sql(request: Request, asking: Asking, sql: Annotated[str, Query(max_length=
         except (LogitLakeError, Problem) as error:
             problem = scrubbed(problem_of(error).detail)
     return _page(
-        request, "sql", sql=sql, columns=columns, rows=rows, said=said, problem=problem, examples=_EXAMPLES.items()
+        request,
+        "sql",
+        sql=sql,
+        columns=columns,
+        rows=rows,
+        said=said,
+        problem=problem,
+        examples=_EXAMPLES.items(),
+        views=RELATIONS,
     )
 
 

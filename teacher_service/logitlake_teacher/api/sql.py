@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Iterator
 from operator import itemgetter
 from typing import Annotated, Any
 
+import pyarrow as pa
 from anyio import CancelScope, to_thread
-from fastapi import APIRouter, Depends, Header, Path, Request
+from fastapi import APIRouter, Header, Path, Request
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import iterate_in_threadpool
@@ -23,7 +24,8 @@ from logitlake_shared.errors import LogitLakeError
 from logitlake_shared.lake import Lake
 from logitlake_shared.sql_service import SqlPool, SqlRequest, SqlResult
 from logitlake_shared.sql_service.formats import FORMATS, encode
-from logitlake_shared.web.doors import Principal, principal_of
+from logitlake_shared.sql_service.grammar import RELATIONS
+from logitlake_shared.web.doors import Asking, Principal
 from logitlake_shared.web.problems import Problem, problem_of
 from logitlake_teacher.api.documents import ColumnDocument, ViewDocument
 
@@ -31,13 +33,11 @@ __all__ = ["SqlQuestions", "caches_asked", "questions_of", "sql_routes"]
 
 _log = logging.getLogger("logitlake.sql")
 
-Asking = Annotated[Principal, Depends(principal_of)]
 Scalar = str | int | float | bool | None
-_VIEWS = ("samples", "tokens", "topk", "pairs", "images", "sample_index", "shards", "caches", "errors")
 _COLUMNS_OF_VIEWS = " UNION ALL ".join(
     f"SELECT '{view}' AS view, row_number() OVER () AS number, column_name AS name, column_type AS type "
     f"FROM (DESCRIBE {view})"
-    for view in _VIEWS
+    for view in RELATIONS
 )
 _DOCS = {column.name: column.doc for columns in COLUMNS.values() for column in columns}
 _BY_MEDIA_TYPE = {format_.media_type: name for name, format_ in FORMATS.items()}
@@ -83,9 +83,21 @@ class SqlQuestions:
         self.asked_by[request.query_id] = principal.id
         try:
             return self.pool.run(request)
-        except LogitLakeError as error:
+        except Exception as error:
             self.end(principal, request, None, problem_of(error).code)
             raise
+
+    def answer(self, principal: Principal, request: SqlRequest) -> tuple[pa.Table, SqlResult]:
+        """The whole answer, and what is known of it. Raises as `begin` does."""
+        verdict = "answered"
+        with self.begin(principal, request) as result:
+            try:
+                return result.read_all(), result
+            except Exception as error:
+                verdict = problem_of(error).code
+                raise
+            finally:
+                self.end(principal, request, result, verdict)
 
     def end(self, principal: Principal, request: SqlRequest, result: SqlResult | None, verdict: str) -> None:
         """Writes down how a question ended."""
@@ -191,7 +203,7 @@ def _schema(request: Request, asking: Asking) -> list[ViewDocument]:
                     if row["view"] == view
                 ],
             )
-            for view in _VIEWS
+            for view in RELATIONS
         ]
     return questions.views
 
@@ -211,11 +223,11 @@ def caches_asked(lake: Lake, asking: Principal, wanted: list[str] | None) -> tup
     """What is asked of what may be seen; None for all there is. Raises `Problem` `not_found`."""
     if wanted is None and asking.sees_all:
         return None
-    seen = [name for name in lake.cache_names() if asking.sees(name)]
     for name in wanted or ():
-        if name not in seen:
+        asking.require("read", name)
+        if not lake.has_cache(name):
             raise Problem("not_found", f"no cache {name!r}")
-    chosen = tuple(seen if wanted is None else dict.fromkeys(wanted))
+    chosen = tuple(filter(asking.sees, lake.cache_names()) if wanted is None else dict.fromkeys(wanted))
     if not chosen:
         raise Problem("not_found", "no cache that you may ask")
     return chosen

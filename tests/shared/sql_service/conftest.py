@@ -7,15 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.conftest import EOS_ID, VOCAB_SIZE, make_png, make_teacher_rows
+from tests.conftest import EOS_ID, make_png, make_spec, make_teacher_rows
 from tests.contract.conftest import s3_bucket, s3_endpoint
 
 from logitlake_schemas import (
-    CaptureSpec,
     CodecPolicy,
-    DatasetIdentity,
-    EngineIdentity,
-    TokenizerIdentity,
     UnitError,
 )
 from logitlake_shared.catalog import publish_catalog
@@ -42,8 +38,8 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fill(made: Lake) -> None:
     """Writes the lake of these tests."""
-    main, pairs = made.create_cache("main", _spec("samples")), made.create_cache("pairs", _spec("pairs"))
-    hidden = made.create_cache("hidden", _spec("samples"))
+    main, pairs = made.create_cache("main", make_spec("samples")), made.create_cache("pairs", make_spec("pairs"))
+    hidden = made.create_cache("hidden", make_spec("samples"))
     for unit in (1, 2):
         main.publish_unit(make_sql_unit(unit))
     main.snapshot()
@@ -94,30 +90,6 @@ def _files(root: Path) -> dict[str, str]:
         os.path.relpath(path, root): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(root.rglob("*"))
     }
-
-
-def _spec(kind: str) -> CaptureSpec:
-    return CaptureSpec(
-        kind=kind,
-        tokenizer=TokenizerIdentity(
-            token_map_sha256="a" * 64,
-            chat_template_sha256="b" * 64,
-            renderer="test/1",
-            vocab_size=VOCAB_SIZE,
-            eos_id=EOS_ID,
-            image_token_id=2,
-        ),
-        engine=EngineIdentity(
-            engine="fake",
-            engine_version="1",
-            model="teacher",
-            weights_sha256="c" * 64,
-            dtype="float32",
-            image_processor_sha256=None,
-        ),
-        codec=_CODEC,
-        dataset=DatasetIdentity(snapshot_sha256="d" * 64, num_samples=12, unit_tokens=100),
-    )
 
 
 def make_sql_unit(number: int, error: str | None = None) -> UnitResult:

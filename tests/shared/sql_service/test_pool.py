@@ -30,7 +30,7 @@ from logitlake_shared.errors import (
     QueryRefusedError,
     QueryTimeoutError,
 )
-from logitlake_shared.sql_service import SqlLimits, SqlPool, SqlRequest, SqlResult, new_query_id
+from logitlake_shared.sql_service import SqlLimits, SqlPool, SqlRequest, SqlResult
 from logitlake_shared.sql_service.process import WorkerEndedError, raised_again
 from logitlake_shared.sql_service.query import _read_stream
 
@@ -123,7 +123,7 @@ def test_an_id_is_one_questions(single: SqlPool, threads: ThreadPoolExecutor) ->
         single.run(SqlRequest("SELECT 1", VISIBLE, query_id=query_id))
     assert not running.done()
     assert single.cancel(query_id)
-    assert len({new_query_id() for _ in range(100)}) == 100
+    assert len({SqlRequest("SELECT 1", VISIBLE).query_id for _ in range(100)}) == 100
 
 
 def test_a_worker_killed_from_outside_is_its_questions_error(single: SqlPool, threads: ThreadPoolExecutor) -> None:

@@ -4,16 +4,16 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 from tests.served import served
 
 from logitlake_shared import errors
 from logitlake_shared.web.app import make_app
-from logitlake_shared.web.doors import Principal, principal_of
+from logitlake_shared.web.doors import Asking
 from logitlake_shared.web.settings import ServiceSettings
 
 CANARY = "canary-of-a-secret"
@@ -50,7 +50,7 @@ def odd_routes() -> APIRouter:
         return "done"
 
     @router.get("/caches/{cache}")
-    def cache(cache: str, asking: Annotated[Principal, Depends(principal_of)], scope: str = "read") -> str:
+    def cache(cache: str, asking: Asking, scope: str = "read") -> str:
         asking.require(scope, cache)  # type: ignore[arg-type]
         return cache
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from logitlake_shared.ids import is_id, new_id
 from logitlake_shared.web.cursors import encode_cursor, page_of
-from logitlake_shared.web.ids import is_id, new_id
 from logitlake_shared.web.problems import Problem
 
 KEYS = st.lists(st.text(min_size=1), unique=True)

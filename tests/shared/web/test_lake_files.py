@@ -118,6 +118,10 @@ def test_what_may_not_be_read_is_neither_served_nor_listed(small_lake: Path) -> 
     with served(app(open_store(small_lake), lambda _, name: layout.cache_of(name) in (None, "main"))) as url:
         lake = Lake.open(f"{url}{UNDER}")
         assert lake.cache_names() == ["main"]
+        for depth in ("1", "infinity"):
+            listed = httpx.request("PROPFIND", f"{url}{UNDER}/caches", headers={"depth": depth}).text
+            assert "caches/main" in listed
+            assert "pairs" not in listed
         assert not any(name.startswith("caches/pairs") for name in lake.store.names("caches"))
         assert lake.store.get(layout.spec_path("pairs")) is None
         with pytest.raises(LakeError):

@@ -103,6 +103,12 @@ def test_faults_of_a_request_are_pointed_at(service: Service) -> None:
     assert pointers == {"/body/number", "/body/more~1than~0asked"}
 
 
+def test_a_body_that_cannot_be_read_is_not_our_fault(service: Service) -> None:
+    _, url = service()
+    answer = httpx.post(f"{url}/login", content=b"nonsense", headers={"content-type": "multipart/form-data"})
+    assert answer.json()["code"] == "invalid_request"
+
+
 @pytest.mark.parametrize(
     ("method", "path", "code"), [("GET", "/nothing", "not_found"), ("GET", "/echo", "method_not_allowed")]
 )
@@ -245,6 +251,10 @@ def test_a_body_that_is_too_large_is_not_read(service: Service) -> None:
     assert httpx.post(f"{url}/echo", content=b"x" * 1000).json() == 1000
     assert httpx.post(f"{url}/echo", content=b"x" * 1001).json()["code"] == "body_too_large"
     assert httpx.post(f"{url}/echo", content=chunks()).json()["code"] == "body_too_large"
+    # Those that the framework reads, of people that nobody knows too.
+    for path, media_type in (("/body", "application/json"), ("/login", "application/x-www-form-urlencoded")):
+        answer = httpx.post(f"{url}{path}", content=chunks(), headers={"content-type": media_type})
+        assert answer.json()["code"] == "body_too_large", path
 
 
 def test_who_asks_too_often_is_told_when_to_come_again(service: Service) -> None:

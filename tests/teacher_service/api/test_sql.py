@@ -169,6 +169,16 @@ def test_whoever_hangs_up_ends_the_question(teacher: Teacher) -> None:
     until(lambda: not app.state.questions.asked_by)
 
 
+def test_a_page_whose_answer_breaks_off_leaves_no_question(teacher: Teacher) -> None:
+    """An error after the answer began: it is shown, and nothing is under way any longer."""
+    app, url = teacher()
+    sql = "SELECT max(CASE WHEN range < 100000 THEN '1' ELSE 'broken' END::INT) FROM range(200000)"
+    page = httpx.get(f"{url}/sql", params={"sql": sql}, timeout=TIMEOUT_S)
+    assert page.status_code == 200
+    assert "Could not convert string" in page.text
+    assert app.state.questions.asked_by == {}
+
+
 def test_how_questions_end_is_counted(client: httpx.Client) -> None:
     def counts() -> dict[str, float]:
         lines = client.get("/metrics").text.splitlines()
