@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from logitlake_shared.errors import LogitLakeError
+from logitlake_shared.jobs.progress import faults_told
 
 __all__ = ["config_command", "progress", "run_cli"]
 
@@ -29,7 +30,8 @@ _COUNTED = 100_000
 def run_cli(command: click.Command) -> None:
     """Runs a click command as a process: exit code 0, 1 (ours), the error's own (the user's), 130 (interrupted)."""
     try:
-        command(standalone_mode=True)
+        with faults_told():
+            command(standalone_mode=True)
     except LogitLakeError as error:
         click.secho("error: ", fg="red", bold=True, err=True, nl=False)
         click.echo(str(error), err=True)

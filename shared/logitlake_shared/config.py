@@ -68,9 +68,10 @@ def load_config(cls: type[Model], path: Path | None, overrides: Sequence[str] = 
         raise ConfigError(f"{where}: {_explain(error)}") from None
 
 
-def to_toml(config: BaseModel) -> str:
+def to_toml(config: BaseModel | Mapping[str, Any]) -> str:
     """The resolved configuration as TOML; what `--dry-run` prints."""
-    return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
+    document = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
+    return tomli_w.dumps(_without_none(document))
 
 
 def field_table(cls: type[BaseModel]) -> str:

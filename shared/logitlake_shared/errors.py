@@ -18,7 +18,9 @@
     │       ├── QueryBusyError            too many questions wait already
     │       └── QueryCrashedError         the process that was to answer it ended
     ├── EngineError (RuntimeError)        a teacher engine
-    ├── JobError (RuntimeError)           a job on a Ray cluster, or the cluster's Jobs API
+    ├── JobError (RuntimeError)           a job, or the cluster that is to run it
+    │   ├── JobStateError                 a job in another state than this needs
+    │   └── JobSubmitError                a key that was used for another submission
     ├── TrainingError (RuntimeError)      the student trainer
     │   ├── CheckpointError               checkpoints, none of which is whole
     │   └── MemoryExhaustedError          a step that does not fit the device
@@ -37,6 +39,8 @@ __all__ = [
     "FingerprintMismatchError",
     "ImageError",
     "JobError",
+    "JobStateError",
+    "JobSubmitError",
     "LakeConflictError",
     "LakeCorruptError",
     "LakeError",
@@ -135,6 +139,14 @@ class EngineError(LogitLakeError, RuntimeError):
 
 class JobError(LogitLakeError, RuntimeError):
     """A job that cannot be submitted, found or followed."""
+
+
+class JobStateError(JobError):
+    """A job that is in another state than what was asked of it needs."""
+
+
+class JobSubmitError(JobError):
+    """A submission whose idempotency key is another submission's."""
 
 
 class TrainingError(LogitLakeError, RuntimeError):

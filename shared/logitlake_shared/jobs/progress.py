@@ -1,0 +1,70 @@
+"""What a running command says of itself, for whoever started it: lines in its log.
+
+A command calls `say` where it has something to tell; without LOGITLAKE_PROGRESS in its environment that is nothing.
+With it, a line of JSON behind a mark goes to standard error. The log is the one thing that every place where commands
+run hands back (a file here, an HTTP route of a Ray cluster there), and whoever reads it from the start, in whatever
+pieces, hears everything once.
+
+Said so far: `phase` (validating, running, finalizing), `counts` (see `records.Counts`; `done` of them is what the
+command itself did), `figures`, `result`, `fault`.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from logitlake_shared.errors import LogitLakeError
+
+__all__ = ["VARIABLE", "faults_told", "parse_lines", "say", "say_sometimes"]
+
+VARIABLE = "LOGITLAKE_PROGRESS"
+_MARK = "@progress "
+_EVERY_S = 1.0
+
+_last_said = 0.0
+
+
+def say(**facts: Any) -> None:
+    """Tells these facts, if anybody wants to hear them."""
+    global _last_said  # one process, one log
+    if VARIABLE in os.environ:
+        _last_said = time.monotonic()
+        # One write: lines of threads and processes that share the log stay whole.
+        sys.stderr.write(f"{_MARK}{json.dumps(facts, default=str)}\n")
+        sys.stderr.flush()
+
+
+def say_sometimes(**facts: Any) -> None:
+    """Tells facts that the next ones replace: at most once a second."""
+    if time.monotonic() - _last_said >= _EVERY_S:
+        say(**facts)
+
+
+@contextmanager
+def faults_told() -> Iterator[None]:
+    """Around a command: an error that ends it is told."""
+    try:
+        yield
+    except LogitLakeError as error:
+        say(fault={"error": type(error).__name__, "message": str(error)})
+        raise
+    except Exception as error:
+        say(fault={"error": "Crashed", "message": f"{type(error).__name__}: {error}"})
+        raise
+
+
+def parse_lines(data: bytes) -> tuple[list[Mapping[str, Any]], int]:
+    """What the whole lines of a piece of a log tell, and the bytes up to the end of the last of them."""
+    whole = data.rfind(b"\n") + 1
+    said = []
+    for line in data[:whole].splitlines():
+        if line.startswith(_MARK.encode()):
+            try:
+                said.append(json.loads(line[len(_MARK) :]))
+            except ValueError:
+                continue  # two processes wrote at once: the next line tells it anew
+    return said, whole

@@ -1,0 +1,222 @@
+"""Jobs go from their submission to their end, through whatever kills the service or the work."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.shared.jobs.conftest import Workshop
+
+from logitlake_shared.errors import ConfigError
+from logitlake_shared.jobs.orders import cancel, pause, resume
+from logitlake_shared.jobs.records import Counts, Job, JobState
+from logitlake_shared.jobs.states import ENDED
+
+S = JobState
+PHASES = ("validating", "running", "finalizing")
+
+
+def is_whole(job: Job) -> bool:
+    """Whether the counts add up."""
+    parts = job.counts.model_dump(exclude={"total"})
+    return sum(parts.values()) == job.counts.total
+
+
+def pid_of(workshop: Workshop, job: Job) -> int:
+    """The process of the job's newest attempt."""
+    folder = workshop.settings.folder / "attempts" / job.id / str(len(workshop.job(job).attempts))
+    return int((folder / "lock").read_text())
+
+
+def test_a_job_goes_through_its_phases_and_says_what_it_came_to(workshop: Workshop) -> None:
+    """Counts, figures and the result are the work's own words."""
+    job = workshop.until_state(workshop.submit(items=3), *ENDED)
+    assert job.state is S.SUCCEEDED, workshop.log(job)
+    assert workshop.states(job) == ["queued", "validating", "running", "finalizing", "succeeded"]
+    assert job.counts == Counts(total=3, succeeded=3)
+    assert (job.outcome, job.result, job.fault) == ("complete", {"items": 3}, None)
+    assert [attempt.exit_code for attempt in job.attempts] == [0]
+
+
+def test_items_that_failed_make_a_success_partial_and_done_before_is_skipped(workshop: Workshop) -> None:
+    """What was there before the job began is not counted as its own."""
+    (workshop.folder / "done").write_text("0\n1\n")
+    job = workshop.until_state(workshop.submit(items=5, bad=3), *ENDED)
+    assert job.counts == Counts(total=5, succeeded=2, failed=1, skipped_cached=2)
+    assert job.outcome == "partial"
+
+
+def test_an_error_is_the_jobs_fault_and_is_not_tried_again(workshop: Workshop) -> None:
+    """Its class and its words."""
+    job = workshop.until_state(workshop.submit(refuses="record 7: no conversations"), *ENDED)
+    assert job.state is S.FAILED
+    assert job.fault is not None
+    assert (job.fault.error, job.fault.message) == ("DataError", "record 7: no conversations")
+    assert len(job.attempts) == 1
+
+
+def test_work_that_is_killed_goes_on_in_another_attempt(workshop: Workshop) -> None:
+    """Each item once."""
+    job = workshop.until_state(workshop.submit(items=4, dies_at=2), *ENDED)
+    assert job.state is S.SUCCEEDED
+    assert workshop.done() == ["0", "1", "2", "3"]
+    assert [attempt.exit_code for attempt in job.attempts] == [None, 0]
+    assert job.counts == Counts(total=4, succeeded=4)
+    assert "interrupted" in workshop.states(job)
+
+
+def test_work_that_is_killed_again_and_again_fails(workshop: Workshop) -> None:
+    """After as many attempts as it may have, and the counts say what was given up."""
+    job = workshop.submit(items=4, wait_in="running", max_attempts=2)
+    for _ in range(2):
+        workshop.until_it_waits(job)
+        os.kill(pid_of(workshop, job), signal.SIGKILL)
+        workshop.until(job, lambda now: now.attempts[-1].ended is not None)
+        workshop.store.heard(job.id, 1, 0, figures={})
+    job = workshop.until_state(job, *ENDED)
+    assert job.state is S.FAILED
+    assert job.fault is not None
+    assert "2 attempts" in job.fault.message
+    assert is_whole(job)
+    assert job.counts.cancelled == 4
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_cancel_ends_the_work_and_keeps_what_is_done(workshop: Workshop, phase: str) -> None:
+    """In every phase; twice is the same; nothing brings the job back."""
+    job = workshop.until_it_waits(workshop.submit(items=3, wait_in=phase))
+    asked = cancel(workshop.store, job)
+    assert asked.state is S.CANCELLING
+    assert cancel(workshop.store, asked) == asked
+    job = workshop.until_state(job, *ENDED)
+    assert job.state is S.CANCELLED
+    assert is_whole(job)
+    assert len(workshop.done()) == {"validating": 0, "running": 0, "finalizing": 3}[phase]
+
+
+def test_work_that_does_not_heed_is_killed(tmp_path: Path) -> None:
+    """When its time is over; and at once where that is asked for."""
+    for now in (False, True):
+        (tmp_path / str(now)).mkdir()
+        workshop = Workshop(tmp_path / str(now), stop_s=0.05 if not now else 1e6)
+        job = workshop.until_it_waits(workshop.submit(wait_in="running", heeds=False))
+        cancel(workshop.store, job, now=now)
+        assert workshop.until_state(job, *ENDED).state is S.CANCELLED
+        os.close(workshop.gate)
+
+
+def test_a_paused_job_waits_until_it_is_resumed(workshop: Workshop) -> None:
+    """And others of the same subject go before it meanwhile."""
+    job = workshop.until_it_waits(workshop.submit(items=2, wait_in="running"))
+    pause(workshop.store, job)
+    job = workshop.until_state(job, S.PAUSED)
+    assert workshop.until_state(workshop.submit(items=2), *ENDED).state is S.SUCCEEDED
+    assert workshop.job(job).state is S.PAUSED
+    resume(workshop.store, job)
+    workshop.open_gate()
+    workshop.open_gate()
+    job = workshop.until_state(job, *ENDED)
+    assert (job.state, len(job.attempts)) == (S.SUCCEEDED, 2)
+
+
+def test_a_job_whose_time_is_over_expires(workshop: Workshop) -> None:
+    """Whether somebody works on it or not."""
+    working = workshop.until_it_waits(workshop.submit(wait_in="running", expires_in_s=3600))
+    waiting = workshop.submit(expires_in_s=0.001)
+    assert workshop.until_state(waiting, *ENDED).state is S.EXPIRED
+    workshop.store._connection().execute("UPDATE jobs SET expires = 1 WHERE id = ?", (working.id,))
+    assert workshop.until_state(working, *ENDED).state is S.EXPIRED
+    assert is_whole(workshop.job(working))
+
+
+def test_jobs_of_a_subject_run_one_after_the_other_and_no_more_at_once_than_may(tmp_path: Path) -> None:
+    """The oldest first."""
+    workshop = Workshop(tmp_path, max_running=2)
+    jobs = [workshop.submit(subject=subject, wait_in="validating") for subject in ("one", "one", "two", "three")]
+    workshop.until_it_waits(jobs[0])
+    workshop.until_it_waits(jobs[2])
+    workshop.supervisor.step()
+    assert [workshop.job(job).state for job in jobs] == [S.VALIDATING, S.QUEUED, S.VALIDATING, S.QUEUED]
+    for job in jobs:
+        if workshop.job(job).state not in ENDED:
+            cancel(workshop.store, workshop.job(job))
+    for job in jobs:
+        workshop.until_state(job, *ENDED)
+    os.close(workshop.gate)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("work_dies", [False, True], ids=["work lives", "work dies"])
+def test_a_new_service_goes_on_where_the_old_one_was(workshop: Workshop, phase: str, work_dies: bool) -> None:
+    """Work that went on alone is found again; work that died with the service goes on in another attempt."""
+    job = workshop.until_it_waits(workshop.submit(items=2, wait_in=phase))
+    if work_dies:
+        os.killpg(pid_of(workshop, job), signal.SIGKILL)
+    workshop.restart()
+    for _ in range(3):  # one may go to the work that dies
+        workshop.open_gate()
+    job = workshop.until_state(job, *ENDED)
+    assert job.state is S.SUCCEEDED
+    assert len(job.attempts) == 1 + work_dies
+    assert workshop.done() == ["0", "1"]
+    assert is_whole(job)
+
+
+def test_a_new_service_goes_on_with_what_waits_and_leaves_what_ended(workshop: Workshop) -> None:
+    """Queued, paused, cancelling, interrupted, ended."""
+    ended = workshop.until_state(workshop.submit(subject="a"), *ENDED)
+    queued, paused = workshop.submit(subject="b"), pause(workshop.store, workshop.submit(subject="c"))
+    begun = workshop.store.begin_attempt(workshop.submit(subject="d").id)  # and the service died before it started it
+    workshop.restart()
+    assert workshop.until_state(queued, *ENDED).state is S.SUCCEEDED
+    begun = workshop.until_state(begun, *ENDED)
+    assert (begun.state, len(begun.attempts)) == (S.SUCCEEDED, 2)
+    assert workshop.job(paused).state is S.PAUSED
+    assert workshop.job(ended) == ended
+    cancelling = workshop.until_it_waits(workshop.submit(subject="e", items=9, wait_in="running"))
+    cancel(workshop.store, cancelling)
+    workshop.restart()
+    assert workshop.until_state(cancelling, *ENDED).state is S.CANCELLED
+
+
+def test_what_was_heard_before_a_restart_is_not_heard_again(workshop: Workshop) -> None:
+    """Every event once."""
+    job = workshop.until_it_waits(workshop.submit(items=3, wait_in="finalizing"))
+    workshop.restart()
+    workshop.open_gate()
+    workshop.until_state(job, *ENDED)
+    events = workshop.store.events(job.id, 0, 1000)
+    heard = [event.data["figures"].get("last") for event in events if "figures" in event.data]
+    assert len(heard) == len(set(heard))
+    assert workshop.states(job).count("running") == 1
+
+
+def test_a_second_supervisor_of_a_folder_is_refused(workshop: Workshop) -> None:
+    """Two would start everything twice."""
+    other = Workshop(workshop.folder)
+    with workshop.supervisor, pytest.raises(ConfigError, match="another service"), other.supervisor:
+        pass
+    os.close(other.gate)
+
+
+def test_a_supervisor_that_is_killed_leaves_its_work_alone(workshop: Workshop) -> None:
+    """A real one, in a process of its own, by SIGKILL, while the work waits; the next one sees it end."""
+    job = workshop.submit(items=1, wait_in="running")
+    program = (
+        "import sys, time; from pathlib import Path; from tests.shared.jobs.conftest import Workshop\n"
+        "workshop = Workshop(Path(sys.argv[1])); workshop.supervisor.__enter__(); time.sleep(600)"
+    )
+    service = subprocess.Popen([sys.executable, "-c", program, str(workshop.folder)])
+    try:
+        # Its supervisor takes the steps; here the store is only read.
+        workshop.supervisor.step = lambda: None  # type: ignore[method-assign]
+        workshop.until_it_waits(job)
+    finally:
+        service.kill()
+        service.wait()
+    workshop.restart()
+    workshop.open_gate()
+    job = workshop.until_state(job, *ENDED)
+    assert (job.state, len(job.attempts)) == (S.SUCCEEDED, 1)
