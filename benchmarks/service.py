@@ -5,7 +5,8 @@
 The service is a process of its own, over a lake of made-up samples. SQL: the median time of a question, beside the
 same question in this process (a catalog opened for it, as the service does), in turns. Mixed: 200 questions, 16 at a
 time, every tenth hostile; nothing that should be answered may fail, and `/readyz` is asked all the while. Files: a
-shard, beside the same file from `python -m http.server`, in turns.
+shard, beside the same file from `python -m http.server`, in turns. Jobs: pages of a list of very many, and very many
+who listen to the events of one.
 """
 
 import os
@@ -24,6 +25,7 @@ import httpx
 
 from benchmarks.harness import Figure, interleaved, median, publish
 from benchmarks.made_lake import made_lake, make_spec, make_unit
+from benchmarks.service_jobs import event_figures, fill_jobs, list_figures
 from logitlake_schemas import CodecPolicy
 from logitlake_shared.catalog import open_catalog, publish_catalog
 from logitlake_shared.lake import Lake
@@ -74,6 +76,7 @@ def _service(lake: Path, folder: Path) -> Iterator[str]:
     config.write_text(
         f'lake = "{lake}"\n[service]\nport = 0\nrequests_per_minute = 1000000\n'
         f"[sql]\nnum_waiting = {2 * _CONCURRENT}\ntimeout_s = 60.0\n"
+        f'[jobs]\nfolder = "{folder}/jobs"\ndata_roots = ["/"]\n'
     )
     with _process(sys.executable, "-m", "logitlake_teacher.cli", "serve", str(config)) as process:
         assert process.stdout is not None
@@ -179,6 +182,8 @@ def figures(quick: bool) -> list[Figure]:
         lake = made_lake(folder / "lake", lambda made: _fill(made, 4 if quick else 40))
         shard = "caches/main/shards/999999-large-0000000000000000.parquet"
         (lake / shard).write_bytes(os.urandom(2**20) * (20 if quick else 200))
+        num_jobs, num_listeners, num_samples = (1000, 50, 200) if quick else (100_000, 1000, 600)
+        fill_jobs(folder / "jobs", num_jobs)
         service = stack.enter_context(_service(lake, folder))
         client = stack.enter_context(httpx.Client(base_url=service, timeout=_TIMEOUT_S, limits=httpx.Limits()))
         _ask(client, _QUESTION).raise_for_status()
@@ -186,6 +191,8 @@ def figures(quick: bool) -> list[Figure]:
             *_sql_figures(client, lake, 3 if quick else 15),
             *_mixed_figures(client, 40 if quick else 200),
             *_file_figures(service, lake, shard, 2 if quick else 7),
+            *list_figures(client, num_jobs),
+            *event_figures(service, num_listeners, num_samples),
         ]
 
 

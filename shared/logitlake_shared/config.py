@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from logitlake_shared.errors import ConfigError
 
-__all__ = ["StrictModel", "field_table", "load_config", "to_toml", "write_provenance"]
+__all__ = ["StrictModel", "field_table", "load_config", "parse_config", "to_toml", "write_provenance"]
 
 # The libraries whose version can move a figure; those that are not installed are left out of the provenance.
 _PROVENANCE_PACKAGES = (
@@ -61,10 +61,14 @@ def load_config(cls: type[Model], path: Path | None, overrides: Sequence[str] = 
     document = {} if path is None else _read_toml(path)
     for override in overrides:
         _apply_override(document, override)
+    return parse_config(cls, document, "the defaults and overrides" if path is None else str(path))
+
+
+def parse_config(cls: type[Model], document: Mapping[str, Any], where: str) -> Model:
+    """The configuration that a document from `where` is. Raises `ConfigError`."""
     try:
         return cls.model_validate(document)
     except ValidationError as error:
-        where = "the defaults and overrides" if path is None else str(path)
         raise ConfigError(f"{where}: {_explain(error)}") from None
 
 

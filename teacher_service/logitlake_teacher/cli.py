@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
 
 from logitlake_shared.cli_support import config_command, progress, run_cli
+from logitlake_shared.jobs.progress import is_heard, say, say_sometimes
 from logitlake_teacher.jobs_cli import jobs
 from logitlake_teacher.serve_cli import serve, token
 
@@ -53,6 +55,7 @@ def plan(config: CaptureConfig | PairsConfig, as_json: bool, measure: int | None
     prepared = _prepared(config)
     rate = None if measure is None else plan_service.measure_rate(config, prepared, measure)
     report = plan_service.report(config, prepared, rate)
+    say(result=report.model_dump(mode="json"))
     click.echo(report.model_dump_json() if as_json else "\n".join(report_lines(report)))
     check_plan(prepared.plan)
 
@@ -81,8 +84,17 @@ def main() -> None:
 def _prepared(config: CaptureConfig | PairsConfig) -> Prepared:
     from logitlake_teacher import service
 
+    say(phase="validating")
+    records = 0
     with progress("planning", None, "records", after_s=1.0) as advance:
-        return service.prepare(config, advance)
+
+        def on_records(num: int) -> None:
+            nonlocal records
+            records += num
+            advance(num)
+            say_sometimes(figures={"records": records})
+
+        return service.prepare(config, on_records)
 
 
 def _run(config: CaptureConfig | PairsConfig, plan_digest: str | None) -> None:
@@ -98,8 +110,11 @@ def _run(config: CaptureConfig | PairsConfig, plan_digest: str | None) -> None:
     what = f"{config.lake.uri}: cache {config.lake.cache!r}"
     noun = prepared.kind
     num_units = len(prepared.plan.unit_ids)
+    counts = Counter(service.committed_counts(config, prepared, cache)) if is_heard() else Counter()
+    say(phase="running", counts=counts)
     if not len(units):
         summary = service.summarise(cache)
+        _say_result(summary)
         rows, snapshot = summary.figures.rows, summary.figures.snapshot
         left = num_units - summary.figures.units
         done = "everything is captured already" if not left else f"this part is captured already, {left} units are not"
@@ -117,11 +132,14 @@ def _run(config: CaptureConfig | PairsConfig, plan_digest: str | None) -> None:
             tokens += sum(entry.tokens for entry in record.shards)
             errors += sum(error.is_failure for error in record.errors)
             rate = tokens / max(time.monotonic() - started, 1e-9)
+            counts.update(service.counts_of(record, units))
+            say_sometimes(counts=counts, figures={"tokens": tokens, "tokens_per_s": round(rate, 1)})
             advance(units.items_of(record.unit), tokens_per_s=f"{rate:.0f}", errors=errors)
 
         try:
             seconds = service.run_units(config, prepared, units, on_commit)
         except RunStopped as stopped:
+            say(counts=counts)
             kept = service.summarise(cache).figures
             click.echo(
                 f"{what}: stopped by {stopped}; {kept.units} of {num_units} units are committed and in snapshot "
@@ -129,9 +147,15 @@ def _run(config: CaptureConfig | PairsConfig, plan_digest: str | None) -> None:
                 err=True,
             )
             sys.exit(stopped.exit_code)
+    say(phase="finalizing", counts=counts)
     summary = service.summarise(cache)
+    _say_result(summary)
     _show(what, noun, summary, seconds)
     service.check_error_rate(summary, config.max_error_rate)
+
+
+def _say_result(summary: Summary) -> None:
+    say(result=vars(summary.figures) | {"errors_by_code": summary.errors, "without_pair": summary.without_pair})
 
 
 def _show(what: str, noun: str, summary: Summary, seconds: float) -> None:

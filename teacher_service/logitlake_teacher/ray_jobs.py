@@ -21,13 +21,13 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tomli_w
-from pydantic import BaseModel
 
 from logitlake_schemas import layout
 from logitlake_shared.config import to_toml
+from logitlake_shared.config_paths import absolute
 from logitlake_shared.errors import ConfigError, JobError
 from logitlake_shared.lake import Lake
 from logitlake_teacher.config import CaptureConfig, PairsConfig
@@ -92,7 +92,7 @@ class Attempt:
 
 def store_run(command: str, config: CaptureConfig | PairsConfig) -> Run:
     """Puts a run into its lake, which is made if it is not there. Raises `LakeError`."""
-    run = Run(command, _absolute(config))
+    run = Run(command, absolute(config))
     lake = Lake.create(run.config.lake.uri)
     # Its name is its content: what is there already says the same.
     lake.store.put_new(layout.job_path(run.name), run.to_toml().encode())
@@ -287,22 +287,3 @@ def _attempt(job: Mapping[str, Any]) -> Attempt:
         end_time_ms=job.get("end_time"),
         exit_code=job.get("driver_exit_code"),
     )
-
-
-Configured = TypeVar("Configured")
-
-
-def _absolute(value: Configured, name: str = "") -> Configured:
-    """The configuration with absolute paths: a job has another working directory."""
-    made: Any = value
-    if isinstance(value, BaseModel):
-        fields = {field: _absolute(getattr(value, field), field) for field in type(value).model_fields}
-        made = value.model_copy(update=fields)
-    elif isinstance(value, tuple):
-        made = tuple(_absolute(one) for one in value)
-    elif isinstance(value, Path):
-        made = value.expanduser().absolute()
-    elif name in ("uri", "image_root") and isinstance(value, str) and "://" not in value:
-        made = str(Path(value).expanduser().absolute())
-    result: Configured = made
-    return result

@@ -40,6 +40,8 @@ __all__ = [
     "Summary",
     "check_digest",
     "check_error_rate",
+    "committed_counts",
+    "counts_of",
     "open_cache",
     "prepare",
     "remaining_units",
@@ -47,6 +49,8 @@ __all__ = [
     "summarise",
 ]
 
+# Errors of items that ended, or held up, every process that tried them.
+_SET_ASIDE = ("teacher_crashed", "teacher_timeout")
 # Digits by which a person may name a plan.
 _DIGEST_DIGITS = 12
 
@@ -154,6 +158,24 @@ def open_cache(config: CaptureConfig | PairsConfig, prepared: Prepared) -> Cache
 def remaining_units(config: CaptureConfig | PairsConfig, prepared: Prepared, cache: Cache) -> Remaining:
     """The plan, or this command's part of it, minus the commit records."""
     return prepared.plan.remaining(cache.committed_units(), config.plan.part)
+
+
+def committed_counts(config: CaptureConfig | PairsConfig, prepared: Prepared, cache: Cache) -> dict[str, int]:
+    """Items of this command's part of the plan, how many are committed, and how many of those are errors."""
+    part = prepared.plan.remaining(set(), config.plan.part)
+    units = {prepared.plan.unit_ids[place] for place in part.places}
+    counts = Counter(total=part.num_items, committed=0, failed=0, quarantined=0)
+    for record in cache.commits() if cache.committed_units() else ():
+        if record.unit in units:
+            counts.update(counts_of(record, part))
+    return dict(counts)
+
+
+def counts_of(record: CommitRecord, units: Remaining) -> dict[str, int]:
+    """What one commit adds to `committed_counts`."""
+    set_aside = sum(error.code in _SET_ASIDE for error in record.errors)
+    failed = sum(error.is_failure for error in record.errors) - set_aside
+    return {"committed": units.items_of(record.unit), "failed": failed, "quarantined": set_aside}
 
 
 def run_units(config: CaptureConfig | PairsConfig, prepared: Prepared, units: Remaining, on_commit: OnCommit) -> float:

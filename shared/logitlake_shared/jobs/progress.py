@@ -5,8 +5,8 @@ With it, a line of JSON behind a mark goes to standard error. The log is the one
 run hands back (a file here, an HTTP route of a Ray cluster there), and whoever reads it from the start, in whatever
 pieces, hears everything once.
 
-Said so far: `phase` (validating, running, finalizing), `counts` (see `records.Counts`; `done` of them is what the
-command itself did), `figures`, `result`, `fault`.
+Said so far: `phase` (validating, running, finalizing); `counts` (`total` items of the work, how many are `committed`,
+whoever did them, and how many of those `failed` or are `quarantined`); `figures`; `result`; `fault`.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 
 from logitlake_shared.errors import LogitLakeError
 
-__all__ = ["VARIABLE", "faults_told", "parse_lines", "say", "say_sometimes"]
+__all__ = ["VARIABLE", "faults_told", "is_heard", "parse_lines", "say", "say_sometimes"]
 
 VARIABLE = "LOGITLAKE_PROGRESS"
 _MARK = "@progress "
@@ -28,10 +28,15 @@ _EVERY_S = 1.0
 _last_said = 0.0
 
 
+def is_heard() -> bool:
+    """Whether anybody wants to hear anything."""
+    return VARIABLE in os.environ
+
+
 def say(**facts: Any) -> None:
     """Tells these facts, if anybody wants to hear them."""
     global _last_said  # one process, one log
-    if VARIABLE in os.environ:
+    if is_heard():
         _last_said = time.monotonic()
         # One write: lines of threads and processes that share the log stay whole.
         sys.stderr.write(f"{_MARK}{json.dumps(facts, default=str)}\n")

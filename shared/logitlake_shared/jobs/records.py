@@ -71,8 +71,11 @@ class NewJob(_Record):
     digest: str
     """of kind and configuration: equal work has equal digests"""
     subject: str
-    """what a token must cover to see the job: the cache that it fills, the run that it writes. Jobs of one subject run
-    one after the other"""
+    """what a token must cover to see the job: the cache that it fills, the run that it writes"""
+    lane: str | None = None
+    """jobs of one lane run one after the other; those without are light, and run beside the others"""
+    arguments: tuple[str, ...] = ()
+    """of its command, beside the configuration"""
     name: str = ""
     labels: dict[str, str] = {}
     max_attempts: int = 3
@@ -103,6 +106,8 @@ class Job(_Record):
     labels: dict[str, str] = Field(examples=[{"team": "vision"}])
     subject: str = Field(examples=["main"])
     """the cache that it fills, the run that it writes"""
+    lane: str | None = Field(default=None, exclude=True)
+    arguments: tuple[str, ...] = Field(default=(), exclude=True)
     digest: str = Field(examples=["5f0c…"])
     """of kind and configuration: equal work has equal digests"""
     config: dict[str, Any] = Field(examples=[{"engine": {"type": "vllm"}}])

@@ -16,6 +16,8 @@ class JobsSettings(StrictModel):
     """where jobs, their logs and their configurations are kept; of this service alone"""
     max_running: int = Field(default=1, gt=0)
     """jobs that run at once; jobs of one cache, or one run, run one after the other anyway"""
+    max_light: int = Field(default=2, gt=0)
+    """jobs that run beside them because they only read: plans"""
     max_attempts: int = Field(default=3, gt=0)
     """attempts of a job that may end before their time, where the job says nothing else; then it failed"""
     retry_s: float = Field(default=5.0, gt=0)

@@ -27,6 +27,7 @@ __all__ = ["JobStore"]
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, kind TEXT NOT NULL, name TEXT NOT NULL, labels TEXT NOT NULL, subject TEXT NOT NULL,
+    lane TEXT, arguments TEXT NOT NULL,
     digest TEXT NOT NULL, config TEXT NOT NULL, principal TEXT NOT NULL, state TEXT NOT NULL, wish TEXT NOT NULL,
     outcome TEXT, counts TEXT NOT NULL, baseline TEXT, figures TEXT NOT NULL, result TEXT, fault TEXT,
     entered TEXT NOT NULL, max_attempts INTEGER NOT NULL, expires REAL, retry_at REAL,
@@ -50,7 +51,7 @@ CREATE TABLE IF NOT EXISTS submissions (
     PRIMARY KEY (principal, key)
 ) STRICT, WITHOUT ROWID;
 """
-_JSON = ("labels", "config", "counts", "baseline", "figures", "result", "fault", "entered")
+_JSON = ("arguments", "labels", "config", "counts", "baseline", "figures", "result", "fault", "entered")
 # Of a job's events of progress so many are kept, the newest; the others are one `gap`.
 _PROGRESS_KEPT = 500
 
@@ -91,7 +92,7 @@ class JobStore:
                 connection.execute("INSERT INTO submissions VALUES (?, ?, ?, ?)", (principal, key, body_sha256, job_id))
             expires = None if job.expires_in_s is None else now + job.expires_in_s
             values = {
-                **job.model_dump(include={"kind", "config", "digest", "subject", "name", "labels", "max_attempts"}),
+                **job.model_dump(exclude={"expires_in_s"}),
                 **{"id": job_id, "principal": principal, "state": JobState.QUEUED, "wish": "go_on"},
                 **{"counts": Counts(), "figures": {}, "entered": {JobState.QUEUED: now}, "expires": expires},
             }
@@ -144,10 +145,14 @@ class JobStore:
         return self._jobs(f"WHERE state IN ({marks}) ORDER BY id", states)
 
     def next_queued(self, busy: Collection[str], limit: int) -> list[Job]:
-        """The oldest queued job of each subject that is not `busy`, the oldest first."""
+        """The oldest queued job of each lane that is not `busy`, the oldest first."""
         marks = ", ".join("?" * len(busy))
-        oldest = f"SELECT min(id) FROM jobs WHERE state = 'queued' AND subject NOT IN ({marks}) GROUP BY subject"
+        oldest = f"SELECT min(id) FROM jobs WHERE state = 'queued' AND lane NOT IN ({marks}) GROUP BY lane"
         return self._jobs(f"WHERE id IN ({oldest}) ORDER BY id LIMIT {limit:d}", busy)
+
+    def next_light(self, limit: int) -> list[Job]:
+        """The oldest queued jobs without a lane."""
+        return self._jobs(f"WHERE state = 'queued' AND lane IS NULL ORDER BY id LIMIT {limit:d}")
 
     def overdue(self, now: float) -> list[Job]:
         """The jobs that nobody works on and whose time is over."""
@@ -373,4 +378,4 @@ def _plain(value: Any) -> Any:
 
 def _stored(value: Any) -> Any:
     value = _plain(value)
-    return json.dumps(value) if isinstance(value, dict) else value
+    return json.dumps(value) if isinstance(value, dict | tuple) else value

@@ -87,12 +87,21 @@ class Supervisor:
         now = time.time()
         for job in self._store.overdue(now):
             self._guarded(self._move, job, JobState.EXPIRED)
-        busy = {job.subject for job in self._store.unfinished(*ACTIVE)}
-        ready = [job for job in self._store.unfinished(JobState.INTERRUPTED) if (job.retry_at or 0) <= now]
-        for job in ready + self._store.next_queued(busy, self._settings.max_running):
-            if len(busy) < self._settings.max_running and job.subject not in busy:
-                busy.add(job.subject)
+        self._begin_what_may(now)
+
+    def _begin_what_may(self, now: float) -> None:
+        active = self._store.unfinished(*ACTIVE)
+        again = [job for job in self._store.unfinished(JobState.INTERRUPTED) if (job.retry_at or 0) <= now]
+        busy = {job.lane for job in active if job.lane is not None}
+        room = self._settings.max_running - len(busy)
+        for job in [job for job in again if job.lane] + self._store.next_queued(busy, self._settings.max_running):
+            if room > 0 and job.lane not in busy:
+                busy.add(str(job.lane))
+                room -= 1
                 self._guarded(self._begin, job)
+        room = self._settings.max_light - sum(job.lane is None for job in active)
+        for job in ([job for job in again if job.lane is None] + self._store.next_light(max(room, 0)))[: max(room, 0)]:
+            self._guarded(self._begin, job)
 
     def _work(self) -> None:
         while not self._closing:

@@ -54,11 +54,19 @@ class Service:
         self.checks = checks
         self.is_ending = False
         """set when the process was asked to end: nothing new should come here"""
+        self.on_ending: list[Callable[[], None]] = []
+        """called then, from a signal handler"""
 
     def problems(self) -> dict[str, str]:
         """What keeps the service from being ready, by the names of checks."""
         found = {name: problem for name, check in self.checks.items() if (problem := check()) is not None}
         return {"service": "it is ending"} | found if self.is_ending else found
+
+    def begin_ending(self) -> None:
+        """Says that the process was asked to end."""
+        self.is_ending = True
+        for tell in self.on_ending:
+            tell()
 
 
 def service_of(request: Request) -> Service:

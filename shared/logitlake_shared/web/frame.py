@@ -109,7 +109,8 @@ class Frame:
             return
         principal = self._door.admit(HTTPConnection(scope))
         scope["state"]["principal"] = principal
-        with self._limits.request(principal.id):
+        with self._limits.request(principal.id) as slot:
+            scope["state"]["slot"] = slot
             await self._app(scope, receive, send)
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:

@@ -1,4 +1,8 @@
-"""How much a service takes at once: bytes of a body, requests of one principal, requests of all."""
+"""How much a service takes at once: bytes of a body, requests of one principal, requests of all.
+
+An answer that goes on for as long as somebody listens is a stream, counted by itself: a thousand who follow a job keep
+nobody from asking.
+"""
 
 import time
 from collections import OrderedDict
@@ -6,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope
 
 from logitlake_shared.web.problems import Problem
 from logitlake_shared.web.settings import ServiceSettings
 
-__all__ = ["Limits"]
+__all__ = ["Limits", "becomes_stream"]
 
 # At once, of what may be asked for in a minute.
 _BURST = 0.1
@@ -30,9 +35,11 @@ class Limits:
         """of each principal: requests left, and when that was so"""
         self.under_way = 0
         """requests being answered"""
+        self.streams = 0
+        """answers that go on"""
 
     @contextmanager
-    def request(self, principal: str) -> Iterator[None]:
+    def request(self, principal: str) -> Iterator["Slot"]:
         """Around the answer to one request. Raises `Problem` `too_many_requests`."""
         if self.under_way >= self._settings.max_concurrent:
             raise _too_many(f"{self.under_way} requests are under way, `max_concurrent` is as many", 1.0)
@@ -46,10 +53,11 @@ class Limits:
             detail = f"more than {self._settings.requests_per_minute} requests a minute, {self._burst:.0f} at once"
             raise _too_many(detail, (1 - left) / self._rate)
         self.under_way += 1
+        slot = Slot(self, self._settings.max_streams)
         try:
-            yield
+            yield slot
         finally:
-            self.under_way -= 1
+            slot.free()
 
     def bounded(self, scope: Scope, receive: Receive) -> Receive:
         """`receive`, of a body that is counted while it comes. Raises `Problem` `body_too_large`, at once where the
@@ -69,6 +77,34 @@ class Limits:
             return message
 
         return counted
+
+
+class Slot:
+    """One answer's place among those under way."""
+
+    def __init__(self, limits: Limits, max_streams: int) -> None:
+        self._limits, self._max_streams, self._is_stream = limits, max_streams, False
+
+    def becomes_stream(self) -> None:
+        """Counts it among the streams. Raises `Problem` `too_many_requests`."""
+        if self._limits.streams >= self._max_streams:
+            raise _too_many(f"{self._limits.streams} streams are open, `max_streams` is as many", 5.0)
+        self._limits.under_way -= 1
+        self._limits.streams += 1
+        self._is_stream = True
+
+    def free(self) -> None:
+        """Gives the place back."""
+        if self._is_stream:
+            self._limits.streams -= 1
+        else:
+            self._limits.under_way -= 1
+
+
+def becomes_stream(connection: HTTPConnection) -> None:
+    """Says of the answer to a request that it goes on; on the event loop. Raises `Problem` `too_many_requests`."""
+    slot: Slot = connection.state.slot
+    slot.becomes_stream()
 
 
 def _too_large(most: int) -> Problem:

@@ -27,7 +27,7 @@ class _Server(uvicorn.Server):
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._service.is_ending = True
+        self._service.begin_ending()
         super().handle_exit(sig, frame)
 
 

@@ -27,5 +27,7 @@ class ServiceSettings(StrictModel):
     """requests that one token may make, in the long run; a tenth of it at once"""
     max_concurrent: int = Field(default=256, gt=0)
     """requests under way at once; more are told to come again"""
+    max_streams: int = Field(default=2000, gt=0)
+    """answers that go on for as long as somebody listens, e.g. a job's events; beside `max_concurrent`"""
     drain_s: float = Field(default=20.0, ge=0)
     """seconds that requests under way have to end after SIGTERM"""

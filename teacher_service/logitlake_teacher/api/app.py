@@ -1,19 +1,22 @@
 """The application of the teacher service: a lake's caches, files and SQL, for those who may see them."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 
 from logitlake_shared.errors import LogitLakeError
+from logitlake_shared.jobs.processes import ProcessRunner
 from logitlake_shared.lake import Lake
 from logitlake_shared.sql_service import SqlPool
-from logitlake_shared.web.app import make_app
+from logitlake_shared.web.app import Check, make_app
+from logitlake_shared.web.jobs import Jobs, job_routes
 from logitlake_teacher.api.caches import cache_routes
 from logitlake_teacher.api.files import files_route
+from logitlake_teacher.api.jobs import command_of, kinds_of_jobs, plan_routes
 from logitlake_teacher.api.pages import page_routes
 from logitlake_teacher.api.sql import SqlQuestions, sql_routes
-from logitlake_teacher.config.serve import ServeConfig
+from logitlake_teacher.config.serve import ServeConfig, TeacherJobsSettings
 
 __all__ = ["teacher_app"]
 
@@ -21,6 +24,7 @@ __all__ = ["teacher_app"]
 def teacher_app(config: ServeConfig) -> FastAPI:
     """The application over the lake that is there. Raises `ConfigError` and `LakeError`."""
     lake = Lake.open(config.lake)
+    jobs = None if config.jobs is None else _jobs(config.lake, config.jobs)
 
     def lake_is_there() -> str | None:
         try:
@@ -31,13 +35,26 @@ def teacher_app(config: ServeConfig) -> FastAPI:
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        with SqlPool(config.lake, config.sql) as pool:
+        with ExitStack() as stack:
+            pool = stack.enter_context(SqlPool(config.lake, config.sql))
             app.state.questions = SqlQuestions(pool, app.state.service.registry)
+            if jobs is not None:
+                stack.enter_context(jobs.running(app.state.service))
             yield
 
     routers = [cache_routes(), sql_routes(), page_routes()]
-    app = make_app("teacher", config.service, routers, {"lake": lake_is_there}, life)
+    checks: dict[str, Check] = {"lake": lake_is_there}
+    if config.jobs is not None and jobs is not None:
+        routers += [job_routes(), plan_routes(config.lake, config.jobs)]
+        checks["jobs"] = jobs.supervisor.problem
+    app = make_app("teacher", config.service, routers, checks, life)
+    app.state.jobs = jobs
     app.state.lake = lake
     app.state.tokenizer = config.tokenizer
     app.router.routes.append(files_route(lake.store))
     return app
+
+
+def _jobs(lake_uri: str, settings: TeacherJobsSettings) -> Jobs:
+    runner = ProcessRunner(settings.folder / "attempts", command_of)
+    return Jobs(settings, runner, kinds_of_jobs(lake_uri, settings))

@@ -3,10 +3,20 @@
 from pathlib import Path
 
 from logitlake_shared.config import StrictModel
+from logitlake_shared.jobs.settings import JobsSettings
 from logitlake_shared.sql_service.records import SqlLimits
 from logitlake_shared.web.settings import ServiceSettings
 
-__all__ = ["ServeConfig"]
+__all__ = ["ServeConfig", "TeacherJobsSettings"]
+
+
+class TeacherJobsSettings(JobsSettings):
+    """Captures that are submitted over HTTP, and what they may do."""
+
+    allow_hosts: tuple[str, ...] = ()
+    """hosts that a job's `images.allow_hosts` may name"""
+    allow_stores: tuple[str, ...] = ()
+    """object stores, with a prefix if need be, that a job may load images from; with this machine's credentials"""
 
 
 class ServeConfig(StrictModel):
@@ -20,3 +30,5 @@ class ServeConfig(StrictModel):
     """where it listens, whom it lets in, how much it takes"""
     sql: SqlLimits = SqlLimits()
     """what a question in SQL may cost"""
+    jobs: TeacherJobsSettings | None = None
+    """captures as jobs; without this table the service takes none"""

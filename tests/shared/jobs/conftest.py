@@ -38,9 +38,12 @@ class Workshop:
 
     def submit(self, **work: Any) -> Job:
         """A job of this work."""
-        job = {name: work.pop(name) for name in ("subject", "max_attempts", "expires_in_s") if name in work}
+        job: dict[str, Any] = {"subject": "one"}
+        job |= {name: work.pop(name) for name in ("subject", "lane", "max_attempts", "expires_in_s") if name in work}
         config = WorkConfig(folder=self.folder, **work).model_dump(mode="json")
-        new = NewJob(kind="work", config=config, digest="0", **({"subject": "one"} | job))
+        new = NewJob(
+            kind="work", config=config, digest="0", **({"subject": "one", "lane": job.get("subject", "one")} | job)
+        )
         return self.store.submit(new, "local")[0]
 
     def job(self, job: Job) -> Job:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.shared.jobs.conftest import Workshop
@@ -12,7 +13,7 @@ from tests.shared.jobs.conftest import Workshop
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.jobs.orders import cancel, pause, resume
 from logitlake_shared.jobs.records import Counts, Job, JobState
-from logitlake_shared.jobs.states import ENDED
+from logitlake_shared.jobs.states import ACTIVE, ENDED
 
 S = JobState
 PHASES = ("validating", "running", "finalizing")
@@ -131,7 +132,15 @@ def test_a_job_whose_time_is_over_expires(workshop: Workshop) -> None:
     assert is_whole(workshop.job(working))
 
 
-def test_jobs_of_a_subject_run_one_after_the_other_and_no_more_at_once_than_may(tmp_path: Path) -> None:
+def test_a_light_job_waits_for_no_other(workshop: Workshop) -> None:
+    """A plan is answered while a capture of the same cache runs."""
+    job = workshop.until_it_waits(workshop.submit(items=9, wait_in="running"))
+    light = workshop.until_state(workshop.submit(items=0, lane=None), *ENDED)
+    assert light.state is S.SUCCEEDED
+    assert workshop.job(job).state is S.RUNNING
+
+
+def test_jobs_of_a_lane_run_one_after_the_other_and_no_more_at_once_than_may(tmp_path: Path) -> None:
     """The oldest first."""
     workshop = Workshop(tmp_path, max_running=2)
     jobs = [workshop.submit(subject=subject, wait_in="validating") for subject in ("one", "one", "two", "three")]
@@ -201,22 +210,60 @@ def test_a_second_supervisor_of_a_folder_is_refused(workshop: Workshop) -> None:
     os.close(other.gate)
 
 
-def test_a_supervisor_that_is_killed_leaves_its_work_alone(workshop: Workshop) -> None:
-    """A real one, in a process of its own, by SIGKILL, while the work waits; the next one sees it end."""
-    job = workshop.submit(items=1, wait_in="running")
-    program = (
-        "import sys, time; from pathlib import Path; from tests.shared.jobs.conftest import Workshop\n"
-        "workshop = Workshop(Path(sys.argv[1])); workshop.supervisor.__enter__(); time.sleep(600)"
-    )
-    service = subprocess.Popen([sys.executable, "-c", program, str(workshop.folder)])
+# What is submitted, what is asked of it, and where a service that goes on brings it.
+KILLED_IN: dict[S, tuple[dict[str, Any], Any, S]] = {
+    S.QUEUED: ({"lane": "busy"}, None, S.SUCCEEDED),
+    S.VALIDATING: ({"wait_in": "validating"}, None, S.SUCCEEDED),
+    S.RUNNING: ({"wait_in": "running"}, None, S.SUCCEEDED),
+    S.FINALIZING: ({"wait_in": "finalizing"}, None, S.SUCCEEDED),
+    S.PAUSED: ({"wait_in": "running"}, pause, S.PAUSED),
+    S.CANCELLING: ({"wait_in": "running", "heeds": False}, cancel, S.CANCELLED),
+    S.INTERRUPTED: ({"dies_at": 0}, None, S.SUCCEEDED),
+    S.SUCCEEDED: ({}, None, S.SUCCEEDED),
+    S.FAILED: ({"refuses": "no"}, None, S.FAILED),
+    S.CANCELLED: ({"wait_in": "running"}, cancel, S.CANCELLED),
+    S.EXPIRED: ({"lane": "busy", "expires_in_s": 0.1}, None, S.EXPIRED),
+}
+SERVICE = (
+    "import sys, time; from pathlib import Path; from tests.shared.jobs.conftest import Workshop\n"
+    "workshop = Workshop(Path(sys.argv[1]), max_running=3, retry_s=float(sys.argv[2]), stop_s=1e6)\n"
+    "workshop.supervisor.__enter__(); time.sleep(600)"
+)
+
+
+@pytest.mark.parametrize("state", JobState)
+def test_a_service_that_is_killed_in_any_state_of_a_job_is_followed_by_one_that_goes_on(
+    tmp_path: Path, state: S
+) -> None:
+    """A real one, in a process of its own, by SIGKILL; its work lives on. No item is done twice, no end is left."""
+    workshop = Workshop(tmp_path, max_running=3, stop_s=0.1)
+    work, order, end = KILLED_IN[state]
+    other = workshop.submit(lane="busy", items=9, wait_in="running") if work.get("lane") == "busy" else None
+    job = workshop.submit(**({"items": 1} | work))
+    retry_s = "1e6" if state is S.INTERRUPTED else "0.001"
+    service = subprocess.Popen([sys.executable, "-c", SERVICE, str(tmp_path), retry_s])
+    step, workshop.supervisor.step = workshop.supervisor.step, lambda: None  # type: ignore[method-assign]
     try:
-        # Its supervisor takes the steps; here the store is only read.
-        workshop.supervisor.step = lambda: None  # type: ignore[method-assign]
-        workshop.until_it_waits(job)
+        if order is not None:
+            order(workshop.store, workshop.until_it_waits(job))
+        workshop.until_state(job, state)
+        if work.get("wait_in") == state:
+            workshop.until_it_waits(job)
     finally:
         service.kill()
         service.wait()
+    workshop.store._connection().execute("UPDATE jobs SET retry_at = 0 WHERE state = 'interrupted'")
+    workshop.supervisor.step = step  # type: ignore[method-assign]
     workshop.restart()
-    workshop.open_gate()
-    job = workshop.until_state(job, *ENDED)
-    assert (job.state, len(job.attempts)) == (S.SUCCEEDED, 1)
+    if other is not None:
+        cancel(workshop.store, workshop.job(other))
+    if state is not S.CANCELLING:
+        for _ in range(3):
+            workshop.open_gate()
+    ended = workshop.until_state(job, end)
+    assert workshop.done() == (["0"] if end is S.SUCCEEDED else [])
+    assert len(ended.attempts) == {S.INTERRUPTED: 2, S.EXPIRED: 0}.get(state, 1)
+    assert end is S.PAUSED or is_whole(ended)
+    for left in workshop.store.unfinished(*ACTIVE):
+        workshop.runner.stop(left, len(left.attempts), now=True)
+    os.close(workshop.gate)

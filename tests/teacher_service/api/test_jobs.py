@@ -1,0 +1,301 @@
+"""Captures over HTTP: submitted once, seen by those who may, done as from the command line."""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.served import served
+from tests.teacher_service.conftest import NUM_SAMPLES
+
+from logitlake_shared.lake import Lake
+from logitlake_shared.web.tokens import TokenStore
+from logitlake_teacher.api.app import teacher_app
+from logitlake_teacher.config.serve import ServeConfig
+
+PATIENCE_S = 120.0
+PARALLEL = 50
+ENDED = ("succeeded", "failed", "cancelled", "expired")
+
+Api = Callable[..., httpx.Client]
+
+
+@pytest.fixture
+def api(teacher_world: Any, tmp_path: Path) -> Iterator[Api]:
+    """`api(max_running=2)`: a client of a service over an empty lake that takes jobs, with these settings of theirs."""
+    Lake.create(teacher_world.lake)
+    with ExitStack() as stack:
+
+        def start(token: str | None = None, service: dict[str, Any] | None = None, **jobs: Any) -> httpx.Client:
+            settings = {"folder": tmp_path / "jobs", "data_roots": [tmp_path, teacher_world.model_dir], "look_s": 0.05}
+            config = {
+                "lake": str(teacher_world.lake),
+                "service": {"requests_per_minute": 10**6} | (service or {}),
+                "sql": {"num_warm": 0},
+                "jobs": settings | jobs,
+            }
+            url = stack.enter_context(served(teacher_app(ServeConfig.model_validate(config))))
+            return stack.enter_context(httpx.Client(base_url=url, timeout=PATIENCE_S))
+
+        yield start
+
+
+@pytest.fixture
+def capture(teacher_world: Any) -> Callable[..., dict[str, Any]]:
+    """`capture("main", engine={...})`: a submission of the world's capture into a cache."""
+
+    def make(cache: str = "main", **sections: Any) -> dict[str, Any]:
+        data = {
+            "type": "llava",
+            "path": str(teacher_world.folder / "train.json"),
+            "image_root": str(teacher_world.folder),
+        }
+        config = {
+            "teacher": {"model_dir": str(teacher_world.model_dir)},
+            "engine": {"type": "fake"},
+            "lake": {"cache": cache},
+            "plan": {"unit_tokens": 100},
+            "codec": {"k_max": 8, "k_min": 2},
+            "data": [data],
+        }
+        return {"kind": "capture", "config": config | sections}
+
+    return make
+
+
+def until(client: httpx.Client, job: str, *states: str) -> dict[str, Any]:
+    """The job once it is in one of these states."""
+    after = 0
+    while True:
+        found: dict[str, Any] = client.get(f"/v1/jobs/{job}").json()
+        if found["state"] in states:
+            return found
+        assert found["state"] not in ENDED, (found, client.get(f"/v1/jobs/{job}/logs").text)
+        answer = client.get(f"/v1/jobs/{job}/events", params={"after": after, "wait": 30}).json()
+        after = answer["next_after"]
+
+
+def test_a_capture_over_http_is_the_one_of_the_command_line(
+    api: Api, capture: Callable[..., dict[str, Any]], teacher_world: Any, teacher_command: Any
+) -> None:
+    """Byte for byte; its counts add up, its result says what the cache holds; the same again is skipped."""
+    client = api()
+    answer = client.post("/v1/jobs", json=capture("main") | {"name": "first", "labels": {"team": "a"}})
+    assert answer.status_code == 201, answer.text
+    assert answer.headers["location"] == f"/v1/jobs/{answer.json()['id']}"
+    job = until(client, answer.json()["id"], *ENDED)
+    assert job["state"] == "succeeded", job
+    items = job["counts"].pop("total")
+    assert sum(job["counts"].values()) == items == job["counts"]["succeeded"] == NUM_SAMPLES
+    assert job["result"]["rows"] == items
+    assert f"{NUM_SAMPLES} samples" in client.get(f"/v1/jobs/{job['id']}/logs").text
+
+    other = teacher_world.folder / "other"
+    done = teacher_command("capture", teacher_world.config(lake={"uri": str(other), "cache": "main"}))
+    assert done.code == 0, done.err
+    assert teacher_world.contents("main") == teacher_world.contents("main", other)
+
+    again = until(client, client.post("/v1/jobs", json=capture("main")).json()["id"], *ENDED)
+    assert again["counts"]["skipped_cached"] == items
+    assert again["counts"]["succeeded"] == 0
+    assert again["digest"] == job["digest"]
+    assert [one["name"] for one in client.get("/v1/jobs", params={"label": "team:a"}).json()["data"]] == ["first"]
+
+
+def test_one_key_is_one_job(api: Api, capture: Callable[..., dict[str, Any]]) -> None:
+    """However many send it at once; another body with that key is refused."""
+    client = api()
+    barrier = threading.Barrier(PARALLEL)
+
+    def send(_: int) -> tuple[int, str, str]:
+        barrier.wait()
+        answer = httpx.post(f"{client.base_url}/v1/jobs", json=capture(), headers={"Idempotency-Key": "k"}, timeout=60)
+        return answer.status_code, answer.json()["id"], answer.headers.get("idempotency-replayed", "false")
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        answers = list(pool.map(send, range(PARALLEL)))
+    assert {status for status, _, _ in answers} == {201}
+    assert len({job for _, job, _ in answers}) == 1
+    assert Counter(replayed for _, _, replayed in answers) == {"false": 1, "true": PARALLEL - 1}
+    assert len(client.get("/v1/jobs").json()["data"]) == 1
+    other = client.post("/v1/jobs", json=capture("other"), headers={"Idempotency-Key": "k"})
+    assert (other.status_code, other.json()["code"]) == (422, "key_reused")
+
+
+def test_events_come_once_and_in_order_by_both_roads(api: Api, capture: Callable[..., dict[str, Any]]) -> None:
+    """Server-Sent Events, resumed after each event with a new connection, and the twin that polls, say the same."""
+    client = api()
+    job = client.post("/v1/jobs", json=capture()).json()["id"]
+    streamed: list[tuple[int, str, dict[str, Any]]] = []
+    while True:
+        last = str(streamed[-1][0]) if streamed else "0"
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": last}
+        with client.stream("GET", f"/v1/jobs/{job}/events", headers=headers) as answer:
+            if answer.status_code == 204:
+                break
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            event: dict[str, str] = {}
+            for line in answer.iter_lines():
+                name, _, value = line.partition(": ")
+                event[name] = value
+                if not line and "data" in event:
+                    streamed.append((int(event["id"]), event["event"], json.loads(event["data"])))
+                    break  # the connection is cut
+    polled = client.get(f"/v1/jobs/{job}/events").json()
+    assert polled["ended"]
+    assert [(event["id"], event["event"]) for event in polled["data"]] == [event[:2] for event in streamed]
+    assert streamed[-1][2]["to"] == "succeeded"
+
+
+def test_a_job_is_cancelled_and_paused_over_http(api: Api, capture: Callable[..., dict[str, Any]]) -> None:
+    """202, then 200; after the end 409. What was committed stays, and counts add up."""
+    client = api()
+    slow = capture(engine={"type": "fake", "hang_on": ["s007"]}, executor={"type": "inline", "grace_s": 0.1})
+    job = client.post("/v1/jobs", json=slow).json()["id"]
+    until(client, job, "running")
+    assert client.post(f"/v1/jobs/{job}/pause").status_code == 202
+    until(client, job, "paused")
+    assert client.post(f"/v1/jobs/{job}/pause").status_code == 200
+    assert client.post(f"/v1/jobs/{job}/resume").json()["state"] == "queued"
+    until(client, job, "running")
+    assert client.post(f"/v1/jobs/{job}/cancel", json={"mode": "now"}).status_code == 202
+    assert client.post(f"/v1/jobs/{job}/cancel", json={"mode": "now"}).status_code in (200, 409)
+    ended = until(client, job, "cancelled")
+    assert sum(ended["counts"].values()) == 2 * ended["counts"]["total"]
+    for order in ("cancel", "pause", "resume"):
+        problem = client.post(f"/v1/jobs/{job}/{order}")
+        assert (problem.status_code, problem.json()["code"]) == (409, "conflict")
+
+
+def test_a_plan_says_what_a_job_would_do_and_its_digest_binds_it(
+    api: Api, capture: Callable[..., dict[str, Any]], teacher_world: Any
+) -> None:
+    """Nothing is captured; a job with the digest of other data fails."""
+    client = api()
+    plan = client.post("/v1/plans", params={"wait": 60}, json=capture())
+    assert plan.status_code == 200, plan.text
+    result = plan.json()["result"]
+    assert result["figures"]["items"] == NUM_SAMPLES
+    assert client.get("/v1/caches").json()["data"] == []
+    good = client.post("/v1/jobs", json=capture() | {"plan_digest": result["plan_digest"][:12]}).json()
+    assert until(client, good["id"], *ENDED)["state"] == "succeeded"
+    records = json.loads((teacher_world.folder / "train.json").read_text())
+    teacher_world.write_records(records[1:])
+    bad = client.post("/v1/jobs", json=capture("other") | {"plan_digest": result["plan_digest"]}).json()
+    fault = until(client, bad["id"], *ENDED)["fault"]
+    assert fault["error"] == "DataError"
+    assert "plan" in fault["message"]
+
+
+def test_a_job_that_fails_says_why_without_a_path(api: Api, capture: Callable[..., dict[str, Any]]) -> None:
+    """The error's class and words, in the job and its events."""
+    client = api()
+    config = capture()
+    config["config"]["data"][0]["path"] = config["config"]["data"][0]["path"].replace("train", "absent")
+    job = until(client, client.post("/v1/jobs", json=config).json()["id"], *ENDED)
+    assert job["state"] == "failed"
+    assert job["fault"]["error"] == "DataError"
+    assert "absent.json" in job["fault"]["message"]
+    assert "/tmp" not in json.dumps([job["fault"], client.get(f"/v1/jobs/{job['id']}/events").json()])
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"teacher": {"model_dir": "/etc"}}, "`teacher.model_dir`"),
+        ({"data": [{"type": "llava", "path": "/etc/passwd", "image_root": "/etc"}]}, "`data.0.image_root`"),
+        ({"data": [{"type": "llava", "path": "{folder}/../x.json", "image_root": "{folder}"}]}, "`data.0.path`"),
+        ({"data": [{"type": "llava", "path": "{folder}/link/passwd", "image_root": "{folder}"}]}, "`data.0.path`"),
+        ({"data": [{"type": "llava", "path": "{folder}/train.json", "image_root": "s3://other/x"}]}, "allow_stores"),
+        ({"plan": {"folder": "/etc"}}, "folder"),
+        ({"images": {"allow_hosts": ["images.example.org"]}}, "allow_hosts"),
+        ({"images": {"allow_stores": ["s3://photos-of-others/"]}}, "allow_stores"),
+        ({"lake": {"cache": "main", "uri": "/somewhere/else"}}, "lake.uri"),
+        ({"lake": {}}, "lake.cache"),
+        ({"lake": {"cache": "../x"}}, "lake.cache"),
+        ({"engine": {"type": "fake", "trust_remote_code": True}}, "trust_remote_code"),
+        ({"codecs": {}}, "codecs"),
+    ],
+)
+def test_a_job_out_of_bounds_is_refused_before_it_is_one(
+    api: Api, capture: Callable[..., dict[str, Any]], teacher_world: Any, sections: dict[str, Any], said: str
+) -> None:
+    """With the key that is at fault."""
+    (teacher_world.folder / "link").symlink_to("/etc")
+    client = api(data_roots=[teacher_world.folder, teacher_world.model_dir], allow_stores=["s3://photos"])
+    wanted = json.loads(json.dumps(sections).replace("{folder}", str(teacher_world.folder)))
+    answer = client.post("/v1/jobs", json=capture(**wanted))
+    assert (answer.status_code, answer.json()["code"]) == (422, "config_invalid")
+    assert said in answer.json()["detail"]
+    assert client.get("/v1/jobs").json()["data"] == []
+
+
+def test_a_store_that_the_operator_allows_may_be_named(api: Api, capture: Callable[..., dict[str, Any]]) -> None:
+    """It, and what is below it."""
+    client = api(allow_stores=["s3://photos/shared"], allow_hosts=["images.example.org"])
+    allowed = {"allow_stores": ["s3://photos/shared/a/"], "allow_hosts": ["images.example.org"]}
+    assert client.post("/v1/jobs", json=capture(images=allowed)).status_code == 201
+    refused = {"allow_stores": ["s3://photos/shared-not"]}
+    assert client.post("/v1/jobs", json=capture(images=refused)).status_code == 422
+
+
+def test_who_does_not_see_the_cache_does_not_see_its_jobs(
+    api: Api, capture: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Reading shows them to those whose token covers the cache; submitting and ordering need `submit`."""
+    tokens = TokenStore(tmp_path / "tokens.sqlite")
+
+    def header(name: str, scope: Any, cache: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {tokens.create(name, scope, (cache,))[0]}"}
+
+    ada, bob, eve = header("ada", "submit", "main"), header("bob", "read", "ma*"), header("eve", "admin", "other")
+    client = api(service={"tokens": tmp_path / "tokens.sqlite"})
+    assert client.post("/v1/jobs", json=capture("main"), headers=eve).json()["code"] == "not_found"
+    assert client.post("/v1/jobs", json=capture("main"), headers=bob).json()["code"] == "forbidden"
+    job = client.post("/v1/jobs", json=capture("main"), headers=ada).json()["id"]
+    for way in ("", "/events", "/logs"):
+        assert client.get(f"/v1/jobs/{job}{way}", headers=eve).status_code == 404
+    assert client.get("/v1/jobs", headers=eve).json()["data"] == []
+    assert client.get(f"/v1/jobs/{job}", headers=bob).status_code == 200
+    assert client.get(f"/v1/jobs/{job}/logs", headers=bob).json()["code"] == "forbidden"
+    for order in ("cancel", "pause", "resume"):
+        assert client.post(f"/v1/jobs/{job}/{order}", headers=eve).status_code == 404
+        assert client.post(f"/v1/jobs/{job}/{order}", headers=bob).status_code == 403
+    key = {"Idempotency-Key": "same"}
+    one = client.post("/v1/jobs", json=capture("main"), headers=ada | key).json()["id"]
+    carl = header("carl", "submit", "*")
+    assert client.post("/v1/jobs", json=capture("main"), headers=carl | key).json()["id"] != one
+
+
+def test_a_service_without_jobs_says_nothing_of_them(teacher: Any) -> None:
+    """No route, and none in its document."""
+    _, url = teacher()
+    assert httpx.get(f"{url}/v1/jobs").status_code == 404
+    assert "/v1/jobs" not in httpx.get(f"{url}/openapi.json").json()["paths"]
+
+
+def test_no_secret_of_the_environment_is_in_what_a_job_leaves(
+    api: Api, capture: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A canary in the environment: not in the job's files, events, log or lake."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-of-a-secret")
+    client = api()
+    job = until(client, client.post("/v1/jobs", json=capture()).json()["id"], *ENDED)
+    assert job["state"] == "succeeded"
+    seen = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    seen += [client.get(f"/v1/jobs/{job['id']}{way}").content for way in ("", "/events", "/logs")]
+    assert not any(b"canary-of-a-secret" in data for data in seen)
+
+
+def test_metrics_count_jobs_by_state(api: Api, capture: Callable[..., dict[str, Any]]) -> None:
+    """And a service that looks after its jobs is ready."""
+    client = api()
+    until(client, client.post("/v1/jobs", json=capture()).json()["id"], *ENDED)
+    assert 'logitlake_jobs{state="succeeded"} 1.0' in client.get("/metrics").text
+    assert client.get("/readyz").status_code == 200
