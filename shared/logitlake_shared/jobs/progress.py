@@ -12,6 +12,7 @@ whoever did them, and how many of those `failed` or are `quarantined`); `figures
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,13 +20,17 @@ from typing import Any
 
 from logitlake_shared.errors import LogitLakeError
 
-__all__ = ["VARIABLE", "faults_told", "is_heard", "parse_lines", "say", "say_sometimes"]
+__all__ = ["MARK", "VARIABLE", "faults_told", "is_heard", "parse_lines", "say", "say_sometimes"]
 
 VARIABLE = "LOGITLAKE_PROGRESS"
-_MARK = "@progress "
+MARK = b"@progress "
+"""how such a line begins"""
 _EVERY_S = 1.0
 
 _last_said = 0.0
+_waiting: dict[str, Any] = {}
+"""facts to be told soon"""
+_lock = threading.Lock()
 
 
 def is_heard() -> bool:
@@ -34,19 +39,36 @@ def is_heard() -> bool:
 
 
 def say(**facts: Any) -> None:
-    """Tells these facts, if anybody wants to hear them."""
-    global _last_said  # one process, one log
+    """Tells these facts, if anybody wants to hear them; and those that wait to be told, where they are not the same."""
+    global _last_said
     if is_heard():
-        _last_said = time.monotonic()
-        # One write: lines of threads and processes that share the log stay whole.
-        sys.stderr.write(f"{_MARK}{json.dumps(facts, default=str)}\n")
-        sys.stderr.flush()
+        with _lock:
+            facts = _waiting | facts
+            _waiting.clear()
+            _last_said = time.monotonic()
+            # One write: lines of processes that share the log stay whole.
+            sys.stderr.write(f"{MARK.decode()}{json.dumps(facts, default=str)}\n")
+            sys.stderr.flush()
 
 
 def say_sometimes(**facts: Any) -> None:
-    """Tells facts that the next ones replace: at most once a second."""
-    if time.monotonic() - _last_said >= _EVERY_S:
+    """Tells facts that the next ones replace: at most once a second, and the last of them not much later than that."""
+    wait_s = _last_said + _EVERY_S - time.monotonic()
+    if wait_s <= 0:
         say(**facts)
+    elif is_heard():
+        with _lock:
+            is_first = not _waiting
+            _waiting.update(facts)
+        if is_first:
+            timer = threading.Timer(wait_s, _say_what_waits)
+            timer.daemon = True
+            timer.start()
+
+
+def _say_what_waits() -> None:
+    if _waiting:
+        say()
 
 
 @contextmanager
@@ -67,9 +89,9 @@ def parse_lines(data: bytes) -> tuple[list[Mapping[str, Any]], int]:
     whole = data.rfind(b"\n") + 1
     said = []
     for line in data[:whole].splitlines():
-        if line.startswith(_MARK.encode()):
+        if line.startswith(MARK):
             try:
-                said.append(json.loads(line[len(_MARK) :]))
+                said.append(json.loads(line[len(MARK) :]))
             except ValueError:
                 continue  # two processes wrote at once: the next line tells it anew
     return said, whole

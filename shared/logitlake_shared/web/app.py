@@ -81,8 +81,10 @@ def make_app(
     routers: Sequence[APIRouter] = (),
     checks: Mapping[str, Check] | None = None,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+    nav: Mapping[str, str] | None = None,
 ) -> FastAPI:
-    """The application of the service `name`; `checks` are what `/readyz` asks, `lifespan` is around its whole life.
+    """The application of the service `name`: `checks` are what `/readyz` asks, `lifespan` is around its whole life,
+    `nav` names its pages by their paths.
 
     Raises `ConfigError`.
     """
@@ -110,6 +112,7 @@ def make_app(
         },
     )
     app.state.service = service
+    app.state.nav = dict(nav or {})
     app.add_exception_handler(Problem, _answered)
     app.add_exception_handler(LogitLakeError, _answered)
     app.add_exception_handler(HTTPException, _status_answered)

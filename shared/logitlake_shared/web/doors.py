@@ -49,8 +49,12 @@ class Principal:
         """Raises `Problem` `not_found` for a cache that is not theirs, `forbidden` for more than their scope."""
         if cache is not None and not self.sees(cache):
             raise Problem("not_found", f"no cache {cache!r}")
-        if self.token is not None and SCOPES.index(self.token.scope) < SCOPES.index(scope):
+        if self.token is not None and not self.may(scope):
             raise Problem("forbidden", f"this needs a token of scope `{scope}`, yours is of scope `{self.token.scope}`")
+
+    def may(self, scope: TokenScope) -> bool:
+        """Whether their scope is as much as this."""
+        return self.token is None or SCOPES.index(self.token.scope) >= SCOPES.index(scope)
 
 
 class Door:

@@ -1,10 +1,11 @@
 """Pages: one environment of Jinja's that escapes everything, one look, and errors as pages for browsers.
 
-A service adds its own templates to the shared ones (`base`, `login`, `problem`). Nothing is fetched from elsewhere and
-nothing runs in the browser: a page is whole when it is there.
+A service adds its own templates to the shared ones. Nothing is fetched from elsewhere, and a page is whole when it is
+there; what changes while one looks (a job) is asked for anew by htmx, a fragment at a time.
 """
 
 import math
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
@@ -14,8 +15,9 @@ from starlette.responses import HTMLResponse
 
 from logitlake_shared.web.problems import CODES, Problem, scrubbed
 
-__all__ = ["environment", "problem_page", "render", "wants_page"]
+__all__ = ["SCRIPT", "environment", "problem_page", "render", "wants_page"]
 
+SCRIPT = "/static/htmx-2.0.8.min.js"
 _SHARED = "logitlake_shared.web"
 
 
@@ -26,17 +28,19 @@ def environment(package: str | None = None) -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.ChoiceLoader(loaders), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    made.filters |= {"number": _number, "size": _size}
+    made.filters |= {"number": _number, "size": _size, "span": _span, "utc": _utc, "when": _when}
     return made
 
 
 def render(
     connection: HTTPConnection, template: str, *, package: str | None = None, status: int = 200, **values: Any
 ) -> HTMLResponse:
-    """The page of a template of `package`. `principal`, `title_of_service` and `here` are there in every one."""
+    """The page of a template of `package`. What `base` needs is there in every one."""
     page = environment(package).get_template(f"{template}.html.jinja")
     shared = {
         "principal": getattr(connection.state, "principal", None),
+        "nav": connection.app.state.nav if "app" in connection.scope else {},
+        "script": SCRIPT,
         "title_of_service": connection.app.title if "app" in connection.scope else "LogitLake",
         "here": connection.scope["path"],
     }
@@ -63,11 +67,13 @@ def _number(value: Any) -> str:
     """A figure for people: thousands apart, four digits of what is no whole number, – for what is unknown."""
     if value is None:
         return "–"
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return f"{value:,.4g}" if math.isfinite(value) else str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:,.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{one} {name}" for name, one in value.items()) or "none"
+    return str(value)
 
 
 def _size(num_bytes: int | None) -> str:
@@ -80,3 +86,20 @@ def _size(num_bytes: int | None) -> str:
             break
         amount, unit = amount / 1000, larger
     return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _when(seconds: float) -> str:
+    """A time for people, in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _span(seconds: float) -> str:
+    """A span of time for people."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

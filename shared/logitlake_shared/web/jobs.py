@@ -21,6 +21,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from logitlake_shared.jobs import orders
+from logitlake_shared.jobs.progress import MARK
 from logitlake_shared.jobs.records import Event, Job, JobFault, JobState, NewJob
 from logitlake_shared.jobs.runner import Runner
 from logitlake_shared.jobs.settings import JobsSettings
@@ -40,7 +41,6 @@ __all__ = ["Events", "JobOf", "Jobs", "Resolve", "Submission", "job_routes", "jo
 _HEARTBEAT_S = 15.0
 _RETRY_MS = 2000
 _LOG_BYTES = 2**20
-_PROGRESS = b"@progress "
 
 
 class Submission(BaseModel):
@@ -206,6 +206,13 @@ def shown(job: Job) -> Job:
     return job.model_copy(update={"fault": JobFault(error=job.fault.error, message=scrubbed(job.fault.message))})
 
 
+def log_of(jobs: Jobs, job: Job, attempt: int, num_lines: int) -> str:
+    """The last lines that an attempt wrote for people."""
+    written = jobs.runner.log_tail(job, attempt, _LOG_BYTES)
+    lines = [line for line in written.splitlines(keepends=True) if not line.startswith(MARK)]
+    return without_tokens(b"".join(lines[-num_lines:]).decode(errors="replace"))
+
+
 def _submit(
     request: Request, response: Response, asking: Asking, submission: Submission, idempotency_key: IdempotencyKey = None
 ) -> Job:
@@ -351,7 +358,5 @@ def _logs(
     number = attempt or len(job.attempts)
     if number > len(job.attempts):
         raise Problem("not_found", f"job {job.id} has {len(job.attempts)} attempts")
-    written = jobs_of(request).runner.log_tail(job, number, _LOG_BYTES) if number else b""
-    lines = [line for line in written.splitlines(keepends=True) if not line.startswith(_PROGRESS)]
-    text = b"".join(lines[-tail:]).decode(errors="replace")
-    return Response(without_tokens(text), media_type="text/plain; charset=utf-8")
+    text = log_of(jobs_of(request), job, number, tail) if number else ""
+    return Response(text, media_type="text/plain; charset=utf-8")

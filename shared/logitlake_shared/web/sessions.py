@@ -5,6 +5,7 @@ that changes something and comes with the cookie must come from a page of this s
 `Sec-Fetch-Site` or `Origin`.
 """
 
+from functools import partial
 from importlib.resources import files
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -13,14 +14,17 @@ from fastapi import APIRouter, Form, Query, Request
 from starlette.requests import HTTPConnection
 from starlette.responses import FileResponse, RedirectResponse, Response
 
-from logitlake_shared.web.html import render
+from logitlake_shared.web.html import SCRIPT, render
 from logitlake_shared.web.tokens import TokenStore
 
 __all__ = ["COOKIE", "OPEN_PATHS", "is_from_here", "session_routes"]
 
 COOKIE = "logitlake_token"
-_STYLE = "/static/style.css"
-OPEN_PATHS = ("/login", _STYLE)
+_STATIC = {
+    "/static/style.css": ("style.css", "text/css"),
+    SCRIPT: ("htmx/htmx-2.0.8.min.js", "text/javascript"),
+}
+OPEN_PATHS = ("/login", *_STATIC)
 _WEEK_S = 7 * 86400
 
 
@@ -36,11 +40,8 @@ def is_from_here(connection: HTTPConnection) -> bool:
 def session_routes(tokens: TokenStore | None) -> APIRouter:
     """Logging in and out, and the pages' looks."""
     router = APIRouter(include_in_schema=False)
-    style = files("logitlake_shared.web") / "static" / "style.css"
-
-    @router.get(_STYLE)
-    def looks() -> FileResponse:
-        return FileResponse(str(style), media_type="text/css", headers={"Cache-Control": "max-age=300"})
+    for path, (name, media_type) in _STATIC.items():
+        router.add_api_route(path, partial(_static, name, media_type), response_class=FileResponse)
 
     @router.get("/login")
     def login(request: Request, then: Annotated[str, Query(max_length=2000)] = "/") -> Response:
@@ -72,6 +73,11 @@ def session_routes(tokens: TokenStore | None) -> APIRouter:
         return answer
 
     return router
+
+
+def _static(name: str, media_type: str) -> FileResponse:
+    path = files("logitlake_shared.web") / "static" / name
+    return FileResponse(str(path), media_type=media_type, headers={"Cache-Control": "max-age=300"})
 
 
 def _local(path: str) -> str:

@@ -10,6 +10,7 @@ from logitlake_shared.jobs.processes import ProcessRunner
 from logitlake_shared.lake import Lake
 from logitlake_shared.sql_service import SqlPool
 from logitlake_shared.web.app import Check, make_app
+from logitlake_shared.web.job_pages import job_pages
 from logitlake_shared.web.jobs import Jobs, job_routes
 from logitlake_teacher.api.caches import cache_routes
 from logitlake_teacher.api.files import files_route
@@ -45,9 +46,10 @@ def teacher_app(config: ServeConfig) -> FastAPI:
     routers = [cache_routes(), sql_routes(), page_routes()]
     checks: dict[str, Check] = {"lake": lake_is_there}
     if config.jobs is not None and jobs is not None:
-        routers += [job_routes(), plan_routes(config.lake, config.jobs)]
+        routers += [job_routes(), plan_routes(config.lake, config.jobs), job_pages("/caches/")]
         checks["jobs"] = jobs.supervisor.problem
-    app = make_app("teacher", config.service, routers, checks, life)
+    nav = {"/": "Caches"} | ({} if jobs is None else {"/jobs": "Jobs"}) | {"/sql": "SQL"}
+    app = make_app("teacher", config.service, routers, checks, life, nav)
     app.state.jobs = jobs
     app.state.lake = lake
     app.state.tokenizer = config.tokenizer
