@@ -20,6 +20,7 @@ cache_figures what a snapshot holds and what storing it cost, counted in one pla
 reader        datasets over one snapshot, the order of an epoch, batches, a loader
 catalog       SQL over a lake, by DuckDB, and its published index
 tools         inspect, stats, diff, verify, gc
+doctor        whether this machine can do the work
 cli_support   how the three command lines fail, show progress and take a configuration
-cli           the `logitlake` command, with cli_care (verify, diff, gc, rebuild) and cli_output
+cli           the `logitlake` command, with cli_care (verify, diff, gc, rebuild), cli_doctor and cli_output
 """

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from logitlake_shared.cli_care import diff, gc, rebuild, verify
+from logitlake_shared.cli_doctor import doctor
 from logitlake_shared.cli_support import progress, run_cli
 from logitlake_shared.errors import QueryError
 
@@ -194,7 +195,7 @@ def _print_stats(found: "list[CacheStats]", output: str) -> None:
         print_stats(found)
 
 
-for command in (verify, diff, gc, rebuild):
+for command in (verify, diff, gc, rebuild, doctor):
     cli.add_command(command)
 
 

@@ -22,6 +22,7 @@ import duckdb
 from logitlake_shared.errors import ConfigError, QueryError, QueryRefusedError
 from logitlake_shared.sql_service.grammar import (
     ANONYMOUS,
+    ENGINE_VERSION,
     FUNCTIONS,
     NODES,
     RELATIONS,
@@ -32,9 +33,6 @@ from logitlake_shared.sql_service.grammar import (
 from logitlake_shared.sql_service.records import check_text
 
 __all__ = ["ENGINE_VERSION", "Gate"]
-
-ENGINE_VERSION = "2.0.0"
-"""The release of DuckDB whose tree the gate knows."""
 
 # Where DuckDB and the catalog keep what is not published.
 _SCHEMAS = frozenset({"cat", "published", "main", "temp", "system", "memory", "pg_catalog", "information_schema"})

@@ -8,6 +8,7 @@ settings, catalogs, the environment, logs, sequences or secrets, waits, or runs 
 
 __all__ = [
     "ANONYMOUS",
+    "ENGINE_VERSION",
     "FUNCTIONS",
     "NODES",
     "RELATIONS",
@@ -15,6 +16,9 @@ __all__ = [
     "TABLE_FUNCTIONS",
     "TYPES",
 ]
+
+ENGINE_VERSION = "2.0.0"
+"""The release of DuckDB whose tree this is."""
 
 RELATIONS = ("samples", "tokens", "topk", "pairs", "images", "sample_index", "shards", "caches", "errors")
 """What a lake publishes; nothing else can be named, but what the question itself defines."""

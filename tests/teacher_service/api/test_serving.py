@@ -67,6 +67,11 @@ def test_the_lake_command_asks_a_service_with_a_token(
         answer = subprocess.run(command, env=allowed, capture_output=True, text=True, timeout=TIMEOUT_S)
         assert answer.returncode == 0, answer.stderr
         assert json.loads(answer.stdout)["cache"] == "main"
+        command[1:] = ["doctor", f"{url}/v1/files", "--tokens", str(file), "--json"]
+        seen = subprocess.run(command, env=allowed, capture_output=True, text=True, timeout=TIMEOUT_S)
+        checks = {check["name"]: check["status"] for check in json.loads(seen.stdout)["checks"]}
+        assert checks["lake"] == checks["tokens"] == "ok"
+        assert "write" not in checks  # a served lake is only read
         listed = run_command("logitlake-teacher", "token", "ls", "--file", file).out
         assert made["id"] in listed
         assert "read on main  valid, used" in listed
