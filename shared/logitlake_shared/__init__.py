@@ -2,6 +2,7 @@
 
 errors        one tree of errors
 config        strict configuration trees from TOML and dotted overrides
+spelling      which key somebody may have meant
 alignment     which position predicts which token; decided here and nowhere else
 rendering     how a conversation becomes prompt and response token ids
 data_formats  LLaVA, OpenAI, RLAIF-V and Hugging Face datasets, streamed and checked

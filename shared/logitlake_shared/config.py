@@ -1,7 +1,8 @@
 """Configuration: one strict pydantic tree per command, from defaults, then a TOML file, then `section.key=value`.
 
 Promises: unknown keys are errors, instances are frozen, a default is written once (on its field), and every fault
-becomes one `ConfigError` that names the file or the override, the key, what was expected and what was got.
+becomes one `ConfigError` that names the file or the override, the key, what was expected and what was got; for an
+unknown key, the known one of its section that it is most like.
 """
 
 import json
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from logitlake_shared.errors import ConfigError
+from logitlake_shared.spelling import did_you_mean
 
 __all__ = ["StrictModel", "field_table", "load_config", "parse_config", "to_toml", "write_provenance"]
 
@@ -69,7 +71,7 @@ def parse_config(cls: type[Model], document: Mapping[str, Any], where: str) -> M
     try:
         return cls.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error)}") from None
+        raise ConfigError(f"{where}: {_explain(error, cls)}") from None
 
 
 def to_toml(config: BaseModel | Mapping[str, Any]) -> str:
@@ -151,12 +153,13 @@ def _index(section: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
     sentences = []
     for problem in error.errors(include_url=False):
         key = ".".join(str(part) for part in problem["loc"]) or "the whole configuration"
         if problem["type"] == "extra_forbidden":
-            sentences.append(f"`{key}` is not a known key; remove it or check its spelling")
+            hint = did_you_mean(cls, problem["loc"]) or "remove it or check its spelling"
+            sentences.append(f"`{key}` is not a known key; {hint}")
         elif problem["type"] == "union_tag_not_found":
             sentences.append(f"`{key}.type` is required and missing: it says which kind this is")
         elif problem["type"] == "missing":

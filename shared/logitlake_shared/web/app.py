@@ -20,6 +20,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from logitlake_shared.errors import LogitLakeError
+from logitlake_shared.spelling import did_you_mean
 from logitlake_shared.web.doors import Door, principal_of
 from logitlake_shared.web.frame import Frame, HttpMetrics, problem_response
 from logitlake_shared.web.limits import Limits
@@ -163,12 +164,17 @@ def _status_answered(request: Request, error: Exception) -> Response:
 
 def _invalid_answered(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    faults = [_field_error(fault) for fault in error.errors()]
+    # What FastAPI read the body as: the model of the route, or one that it made of several parameters.
+    body = getattr(request.scope.get("route"), "body_field", None)
+    faults = [_field_error(fault, body and body.field_info.annotation) for fault in error.errors()]
     detail = "; ".join(f"{fault.pointer[1:].replace('/', '.')}: {fault.detail}" for fault in faults[:3])
     return problem_response(Problem("invalid_request", detail, faults), request)
 
 
-def _field_error(fault: Mapping[str, Any]) -> FieldError:
+def _field_error(fault: Mapping[str, Any], body: Any) -> FieldError:
     # RFC 6901: `~` and `/` of a key are escaped.
     pointer = "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in fault["loc"])
-    return FieldError(pointer=pointer, detail=fault["msg"])
+    where, *path = fault["loc"]
+    is_unknown = where == "body" and path and fault["type"] == "extra_forbidden"
+    hint = did_you_mean(body, path) if is_unknown else None
+    return FieldError(pointer=pointer, detail=f"{fault['msg']}; {hint}" if hint else fault["msg"])

@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from tests.served import served
 
 from logitlake_shared import errors
@@ -24,6 +24,16 @@ class Body(BaseModel):
     number: int
 
 
+class Square(Body):
+    kind: Literal["a"]
+    number: int = 0
+
+
+class Wide(Square):
+    kind: Literal["b"]  # type: ignore[assignment]  # the other one's tag
+    width: int = 0
+
+
 def odd_routes() -> APIRouter:
     router = APIRouter()
 
@@ -34,6 +44,10 @@ def odd_routes() -> APIRouter:
     @router.post("/body")
     def body(body: Body) -> int:
         return body.number
+
+    @router.post("/bodies")
+    def bodies(body: Body, parts: list[Annotated[Square | Wide, Field(discriminator="kind")]]) -> int:
+        return body.number + len(parts)
 
     @router.get("/bug")
     def bug() -> None:

@@ -103,6 +103,29 @@ def test_faults_of_a_request_are_pointed_at(service: Service) -> None:
     assert pointers == {"/body/number", "/body/more~1than~0asked"}
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "hints"),
+    [
+        ("/body", {"number": 1, "nmuber": 1}, {"/body/nmuber": "did you mean `number`?"}),
+        ("/body", {"number": 1, "quite": 1}, {"/body/quite": None}),
+        (
+            "/bodies",
+            {"body": {"number": 1, "numbr": 1}, "parts": [{"kind": "b", "widht": 1}]},
+            {"/body/body/numbr": "did you mean `number`?", "/body/parts/0/b/widht": "did you mean `width`?"},
+        ),
+    ],
+)
+def test_an_unknown_field_names_its_nearest(
+    service: Service, path: str, body: dict[str, Any], hints: dict[str, str | None]
+) -> None:
+    """Of the object that it stands in, in a body of one model or of several."""
+    _, url = service()
+    problem = httpx.post(f"{url}{path}", json=body).json()
+    told = {fault["pointer"]: fault["detail"] for fault in problem["errors"]}
+    said = "Extra inputs are not permitted"
+    assert told == {pointer: said if hint is None else f"{said}; {hint}" for pointer, hint in hints.items()}
+
+
 def test_a_body_that_cannot_be_read_is_not_our_fault(service: Service) -> None:
     _, url = service()
     answer = httpx.post(f"{url}/login", content=b"nonsense", headers={"content-type": "multipart/form-data"})
