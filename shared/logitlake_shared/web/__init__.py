@@ -11,6 +11,7 @@ problems    every error as RFC 9457 problem+json, from one table of codes
 html        pages, and errors as pages
 cursors     lists by the page
 logs        lines of JSON, without secrets
+traces      spans for a collector, where one is wanted
 serving     the process: where it may listen, how it ends
 lake_files  a lake's files, so that `lake = "https://…"` is a lake
 """

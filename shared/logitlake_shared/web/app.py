@@ -6,11 +6,12 @@ Every route answers errors as problems and says so in the OpenAPI document; ever
 probes; nothing is served from another host.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
+from anyio import to_thread
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry, Info, generate_latest
@@ -35,6 +36,7 @@ from logitlake_shared.web.problems import (
 from logitlake_shared.web.sessions import OPEN_PATHS, session_routes
 from logitlake_shared.web.settings import ServiceSettings
 from logitlake_shared.web.tokens import TokenStore
+from logitlake_shared.web.traces import Traces
 
 __all__ = ["Check", "Service", "make_app", "service_of"]
 
@@ -47,12 +49,13 @@ _PROBES = ("/livez", "/readyz")
 class Service:
     """What belongs to one running application."""
 
-    def __init__(self, settings: ServiceSettings, checks: Mapping[str, Check]) -> None:
+    def __init__(self, name: str, settings: ServiceSettings, checks: Mapping[str, Check]) -> None:
         self.settings = settings
         self.tokens = None if settings.tokens is None else TokenStore(settings.tokens)
         self.registry = CollectorRegistry()
         self.limits = Limits(settings)
         self.checks = checks
+        self.traces = Traces(name) if settings.traces else None
         self.is_ending = False
         """set when the process was asked to end: nothing new should come here"""
         self.on_ending: list[Callable[[], None]] = []
@@ -89,7 +92,7 @@ def make_app(
 
     Raises `ConfigError`.
     """
-    service = Service(settings, checks or {})
+    service = Service(name, settings, checks or {})
     Info("logitlake_build", "What runs.", registry=service.registry).info(
         {"version": version("logitlake"), "service": name}
     )
@@ -99,7 +102,18 @@ def make_app(
         limits=service.limits,
         metrics=HttpMetrics(service.registry),
         is_open=(*_PROBES, *OPEN_PATHS),
+        traces=service.traces,
     )
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            async with nullcontext() if lifespan is None else lifespan(app):
+                yield
+        finally:
+            if service.traces is not None:  # sends what is left: not on the event loop, and it may take a while
+                await to_thread.run_sync(service.traces.close)
+
     app = FastAPI(
         title=f"LogitLake {name}",
         version=version("logitlake"),
@@ -107,7 +121,7 @@ def make_app(
         redoc_url=None,
         openapi_url="/openapi.json",
         middleware=[frame],
-        lifespan=lifespan,
+        lifespan=life,
         responses={
             "default": {"model": ProblemDocument, "description": "A problem (RFC 9457)", "content": {MEDIA_TYPE: {}}}
         },

@@ -22,6 +22,7 @@ from logitlake_shared.web.html import problem_page, wants_page
 from logitlake_shared.web.limits import Limits
 from logitlake_shared.web.logs import REQUEST_ID
 from logitlake_shared.web.problems import MEDIA_TYPE, Problem, problem_of
+from logitlake_shared.web.traces import RequestSpan, Traces, request_span
 
 __all__ = ["Frame", "HttpMetrics", "problem_response"]
 
@@ -52,8 +53,8 @@ class HttpMetrics:
         )
 
     def saw(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Counts one answer."""
-        self._requests.labels(method if method in _METHODS else "other", route, str(status)).inc()
+        """Counts one answer. `method` is one that is known, or `other`."""
+        self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
 
@@ -61,22 +62,36 @@ class Frame:
     """The outermost middleware. `is_open` are paths that everybody may ask for: probes, and the way to log in."""
 
     def __init__(
-        self, app: ASGIApp, *, door: Door, limits: Limits, metrics: HttpMetrics, is_open: Collection[str]
+        self,
+        app: ASGIApp,
+        *,
+        door: Door,
+        limits: Limits,
+        metrics: HttpMetrics,
+        is_open: Collection[str],
+        traces: Traces | None,
     ) -> None:
         self._app, self._door, self._limits = app, door, limits
-        self._metrics, self._is_open = metrics, is_open
+        self._metrics, self._is_open, self._traces = metrics, is_open, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 0
         given = HTTPConnection(scope).headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else new_id("req")
-        state = scope.setdefault("state", {})
-        state["request_id"] = request_id
+        scope.setdefault("state", {})["request_id"] = request_id
         token = REQUEST_ID.set(request_id)
+        try:
+            with request_span(self._traces, scope, request_id, _method(scope)) as span:
+                await self._traced(scope, receive, send, request_id, span)
+        finally:
+            REQUEST_ID.reset(token)
+
+    async def _traced(self, scope: Scope, receive: Receive, send: Send, request_id: str, span: RequestSpan) -> None:
+        started, status = time.perf_counter(), 0
+        scope["state"]["trace_id"] = span.trace_id
 
         async def framed(message: Message) -> None:
             nonlocal status
@@ -84,6 +99,8 @@ class Frame:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
+                if span.traceparent is not None:
+                    headers["traceparent"] = span.traceparent
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
@@ -99,8 +116,9 @@ class Frame:
                     raise  # half an answer is out: the connection must break, or the other half would be missed
                 await problem_response(problem, HTTPConnection(scope))(scope, receive, framed)
         finally:
-            self._tell(scope, status, time.perf_counter() - started)
-            REQUEST_ID.reset(token)
+            route = getattr(scope.get("route"), "path", None)
+            span.answered(route, status)
+            self._tell(scope, route or "none", status, time.perf_counter() - started)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         receive = self._limits.bounded(scope, receive)
@@ -113,9 +131,8 @@ class Frame:
             scope["state"]["slot"] = slot
             await self._app(scope, receive, send)
 
-    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", None) or "none"
-        self._metrics.saw(scope["method"], route, status, seconds)
+    def _tell(self, scope: Scope, route: str, status: int, seconds: float) -> None:
+        self._metrics.saw(_method(scope), route, status, seconds)
         principal: Principal | None = scope["state"].get("principal")
         facts = {
             "method": scope["method"],
@@ -129,11 +146,18 @@ class Frame:
         _log.log(level, "%s %s", scope["method"], scope["path"], extra=facts)
 
 
+def _method(scope: Scope) -> str:
+    """Of the request, if it is one of those that there are: a label must be bounded."""
+    method: str = scope["method"]
+    return method if method in _METHODS else "other"
+
+
 def problem_response(problem: Problem, connection: HTTPConnection) -> Response:
     """The answer that is an error: for a browser a page, or the way to log in, else the RFC's document."""
     request_id: str | None = getattr(connection.state, "request_id", None)
     if not wants_page(connection):
-        return JSONResponse(problem.document(request_id), problem.status, dict(problem.headers), MEDIA_TYPE)
+        document = problem.document(request_id, getattr(connection.state, "trace_id", None))
+        return JSONResponse(document, problem.status, dict(problem.headers), MEDIA_TYPE)
     if problem.code == "unauthenticated" and connection.scope["method"] == "GET":
         return RedirectResponse(f"/login?{urlencode({'then': connection.scope['path']})}", 303)
     return problem_page(problem, connection, request_id)

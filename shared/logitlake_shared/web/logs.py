@@ -13,10 +13,12 @@ from typing import TextIO
 
 from logitlake_shared.web.tokens import without_tokens
 
-__all__ = ["REQUEST_ID", "JsonFormatter", "log_to"]
+__all__ = ["REQUEST_ID", "TRACE_ID", "JsonFormatter", "log_to"]
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """of the request that is being answered"""
+TRACE_ID: ContextVar[str | None] = ContextVar("trace_id", default=None)
+"""of the trace that it belongs to, while traces are on"""
 
 _KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
@@ -34,6 +36,8 @@ class JsonFormatter(logging.Formatter):
         }
         if (request_id := REQUEST_ID.get()) is not None:
             line["request_id"] = request_id
+        if (trace_id := TRACE_ID.get()) is not None:
+            line["trace_id"] = trace_id
         line |= {key: value for key, value in vars(record).items() if key not in _KNOWN}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

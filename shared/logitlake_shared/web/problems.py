@@ -135,6 +135,8 @@ class ProblemDocument(BaseModel):
     hint: str = Field(examples=["list what there is"])
     retryable: bool = Field(examples=[False])
     request_id: str | None = Field(default=None, examples=["req_01K0000000000000000000000"])
+    trace_id: str | None = Field(default=None, examples=["4bf92f3577b34da6a3ce929d0e0e4736"])
+    """of the trace that the request belongs to; only there while traces are on"""
     errors: list[FieldError] = []
 
 
@@ -152,10 +154,10 @@ class Problem(Exception):  # noqa: N818  # the RFC's word
         """HTTP's."""
         return CODES[self.code].status
 
-    def document(self, request_id: str | None) -> dict[str, Any]:
+    def document(self, request_id: str | None, trace_id: str | None = None) -> dict[str, Any]:
         """The body."""
         code = CODES[self.code]
-        return ProblemDocument(
+        document = ProblemDocument(
             type=f"{_DOCS}#{code.name}",
             title=code.title,
             status=code.status,
@@ -164,8 +166,10 @@ class Problem(Exception):  # noqa: N818  # the RFC's word
             hint=code.hint,
             retryable=code.retryable,
             request_id=request_id,
+            trace_id=trace_id,
             errors=list(self.errors),
-        ).model_dump(mode="json")
+        )
+        return document.model_dump(mode="json", exclude={"trace_id"} if trace_id is None else None)
 
 
 def problem_of(error: Exception) -> Problem:

@@ -29,5 +29,7 @@ class ServiceSettings(StrictModel):
     """requests under way at once; more are told to come again"""
     max_streams: int = Field(default=2000, gt=0)
     """answers that go on for as long as somebody listens, e.g. a job's events; beside `max_concurrent`"""
+    traces: bool = False
+    """send a span for each request to the collector that `OTEL_EXPORTER_OTLP_ENDPOINT` names; needs the extra `otel`"""
     drain_s: float = Field(default=20.0, ge=0)
     """seconds that requests under way have to end after SIGTERM"""

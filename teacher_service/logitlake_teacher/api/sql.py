@@ -27,6 +27,7 @@ from logitlake_shared.sql_service.formats import FORMATS, encode
 from logitlake_shared.sql_service.grammar import RELATIONS
 from logitlake_shared.web.doors import Asking, Principal
 from logitlake_shared.web.problems import Problem, problem_of
+from logitlake_shared.web.traces import span
 from logitlake_teacher.api.documents import ColumnDocument, ViewDocument
 
 __all__ = ["SqlQuestions", "caches_asked", "questions_of", "sql_routes"]
@@ -82,7 +83,8 @@ class SqlQuestions:
         """The answer, once it begins. Raises `QueryError` and its kin."""
         self.asked_by[request.query_id] = principal.id
         try:
-            return self.pool.run(request)
+            with span("sql.begin", query_id=request.query_id):
+                return self.pool.run(request)
         except Exception as error:
             self.end(principal, request, None, problem_of(error).code)
             raise

@@ -13,12 +13,15 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.collector import Collector, collector
 from tests.served import served
 
 from logitlake_shared.catalog import open_catalog
 from logitlake_shared.web.tokens import TokenStore
 from logitlake_teacher.api.app import teacher_app
 from logitlake_teacher.config.serve import ServeConfig
+
+__all__ = ["collector"]
 
 Teacher = Callable[..., tuple[Any, str]]
 GOLDEN = Path(__file__).parents[2] / "golden" / "format-1" / "lake"
@@ -200,3 +203,16 @@ def test_the_schema_names_every_view_and_its_columns(client: httpx.Client) -> No
     described = ask(client, "DESCRIBE tokens").json()
     assert [column["name"] for column in views["tokens"]] == [row[0] for row in described["rows"]]
     assert any(column["doc"] for column in views["samples"])
+
+
+def test_a_question_is_a_span_below_its_request(collector: Collector, teacher: Teacher) -> None:
+    """How long it took to begin; its text is nowhere."""
+    _, url = teacher(traces=True)
+    answer = httpx.post(f"{url}/v1/sql", json={"sql": "SELECT 'canary'"}, timeout=TIMEOUT_S)
+    request, begun = collector.wait(2)
+    assert (request.name, begun.name) == ("POST /v1/sql", "sql.begin")
+    assert begun.parent_span_id == request.span_id
+    assert [one.value.string_value for one in begun.attributes] == [answer.headers["x-query-id"]]
+    assert request.start_time_unix_nano <= begun.start_time_unix_nano
+    assert begun.end_time_unix_nano <= request.end_time_unix_nano
+    assert not any(b"canary" in one.SerializeToString() for one in (request, begun))
