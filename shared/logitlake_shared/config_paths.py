@@ -13,7 +13,7 @@ __all__ = ["absolute", "check_roots"]
 Configured = TypeVar("Configured")
 
 # Of these names a string is a folder where it is not an address.
-_PLACES = ("uri", "image_root")
+_PLACES = ("uri", "lake", "image_root")
 
 
 def absolute(value: Configured, name: str = "") -> Configured:

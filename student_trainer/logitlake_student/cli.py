@@ -1,17 +1,21 @@
-"""`logitlake-student`: train, eval, export, report, and chat, predict and pope (`answer_commands`).
+"""`logitlake-student`: train, eval, export, report; chat, predict, pope and serve have files of their own.
 
 Each of the first four takes a TOML file and `section.key=value` overrides. A command can be killed at any time and run
 again: it goes on, or says that everything is done. Everything heavy is imported inside the commands.
 """
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import click
 
 from logitlake_shared.cli_support import config_command, run_cli
 from logitlake_shared.errors import ConfigError
+from logitlake_shared.jobs.progress import say
+from logitlake_shared.stopped import RunStopped
 from logitlake_student.answer_commands import chat, pope, predict
+from logitlake_student.serve_cli import serve
 
 if TYPE_CHECKING:
     from logitlake_student.config import EvalConfig, ExportConfig, ReportConfig, TrainConfig
@@ -47,14 +51,22 @@ def train(config: "TrainConfig", ray_workers: int | None, max_failures: int) -> 
         tell(size_table(planned_parameters(config)))
         if ray_workers is not None:
             _on_ray(config, ray_workers, max_failures)
-    for run, figures in train_run(config):
-        if figures is None:
-            tell(f"{run.stage.type}: trained already, {run.model}")
-            continue
-        tell(
-            f"{run.stage.type}: {figures['steps']} steps in {figures['seconds']} s, {figures['params_trainable']:,} of "
-            f"{figures['params_total']:,} parameters trained, {run.model}"
-        )
+    say(phase="validating")
+    result = {}
+    try:
+        for run, figures in train_run(config):
+            if figures is None:
+                tell(f"{run.stage.type}: trained already, {run.model}")
+                continue
+            result[run.stage.type] = f"{figures['steps']} steps in {figures['seconds']} s"
+            tell(
+                f"{run.stage.type}: {result[run.stage.type]}, {figures['params_trainable']:,} of "
+                f"{figures['params_total']:,} parameters trained, {run.model}"
+            )
+    except RunStopped as stopped:
+        click.echo(f"{config.output}: stopped by {stopped}; run the same command to go on", err=True)
+        sys.exit(stopped.exit_code)
+    say(result=result)
     leave_ranks()
 
 
@@ -114,6 +126,7 @@ def report(config: "ReportConfig") -> None:
 cli.add_command(chat)
 cli.add_command(predict)
 cli.add_command(pope)
+cli.add_command(serve)
 
 
 def _figure(share: float | None) -> str:

@@ -6,11 +6,9 @@ names are escaped too. Pictures are decoded, made small and written anew, so tha
 
 import base64
 import io
-import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,21 @@ from markupsafe import Markup, escape
 from logitlake_shared.errors import DataError, ImageError
 from logitlake_student.config import ReportConfig
 from logitlake_student.metrics import normalise
-from logitlake_student.report_charts import Band, Series, bar_chart, heat_map, legend, line_chart
+from logitlake_student.report_charts import Series, bar_chart, legend, line_chart
 from logitlake_student.report_facts import FIGURES, EvalResult, Figure, RunFacts, StageFacts
+from logitlake_student.report_training import (
+    Chart,
+    StageCurves,
+    as_number,
+    expert_charts,
+    last_experts,
+    training_charts,
+)
 
 __all__ = ["mark_hallucinated", "page"]
 
 _PICTURE_SIDE = 224
 """pixels; twice the size it is shown at"""
-_STEPS = "optimiser steps"
 _DETAILS = (
     ("existence", "accuracy", "Yes/no questions answered right"),
     ("existence", "precision", "… precision of “yes”"),
@@ -40,21 +45,10 @@ _DETAILS = (
 )
 
 
-@dataclass(frozen=True)
-class _Chart:
-    """A chart with what stands around it."""
-
-    title: str
-    note: str
-    svg: Markup
-    legend: Markup | None = None
-
-
 def page(config: ReportConfig, facts: RunFacts) -> str:
     """The whole page. Raises `DataError` when an evaluation's mention pattern is not a regular expression."""
-    last_experts: list[dict[str, Any]] = next(
-        (line["experts"] for line in reversed(_lines(facts)) if line.get("experts")), []
-    )
+    stages = [_curves(stage) for stage in facts.stages]
+    last = last_experts(stages)
     return _template().render(
         title=config.title,
         lead=_lead(facts),
@@ -62,13 +56,13 @@ def page(config: ReportConfig, facts: RunFacts) -> str:
         results=_results(facts),
         after_stages=_after_stages(facts),
         tables=_tables(facts),
-        training=list(_training(facts.stages)),
-        experts=_experts(facts.stages, last_experts),
-        equal_share=FIGURES[0].text(1 / len(last_experts[0]["load"])) if last_experts else "",
+        training=list(training_charts(stages)),
+        experts=expert_charts(stages),
+        equal_share=FIGURES[0].text(1 / len(last[0]["load"])) if last else "",
         examples=_examples(facts),
         lake=_lake(facts),
         student=_student(facts),
-        cost=_Chart(
+        cost=Chart(
             "Time of each step",
             "Wall clock",
             bar_chart("Time of each step", list(facts.seconds.items()), label="seconds"),
@@ -155,18 +149,18 @@ def _tables(facts: RunFacts) -> list[dict[str, Any]]:
     ]
 
 
-def _after_stages(facts: RunFacts) -> list[_Chart]:
+def _after_stages(facts: RunFacts) -> list[Chart]:
     names = [stage.name for stage in facts.stages]
     lines, references = [], []
     for colour, figure in enumerate(FIGURES[:3]):
         values = [stage.result.figures()[figure.key] for stage in facts.stages]
-        lines.append(Series(figure.title, [(x, _number(value)) for x, value in enumerate(values)], colour))
-        teacher = _number(facts.teacher.figures()[figure.key])
+        lines.append(Series(figure.title, [(x, as_number(value)) for x, value in enumerate(values)], colour))
+        teacher = as_number(facts.teacher.figures()[figure.key])
         references.append(Series("", [(-0.5, teacher), (len(names) - 0.5, teacher)], colour, dashed=True))
     title = "Accuracy and hallucination"
     kl = FIGURES[3]
     return [
-        _Chart(
+        Chart(
             title,
             "Held-out data; dashed, in the same colour: the teacher",
             line_chart(
@@ -180,195 +174,16 @@ def _after_stages(facts: RunFacts) -> list[_Chart]:
             ),
             legend(lines),
         ),
-        _Chart(
+        Chart(
             "KL to the teacher",
             "Held-out tokens; shorter is closer",
             bar_chart(
                 "KL to the teacher after each stage",
-                [(stage.name, _number(stage.result.figures()[kl.key])) for stage in facts.stages],
+                [(stage.name, as_number(stage.result.figures()[kl.key])) for stage in facts.stages],
                 label="nats a token",
             ),
         ),
     ]
-
-
-# ---- training ----
-
-_DIVERGENCES = {
-    "forward KL": "forward_kl",
-    "reverse KL": "reverse_kl",
-    "JSD": "jsd",
-    "skew KL": "skew_kl",
-    "skew reverse KL": "skew_reverse_kl",
-    "total variation": "tvd",
-    "truncated KL": "truncated_kl",
-    "renormalised KL": "renormalised_kl",
-}
-"""What a distillation stage may have compared by: in words, and in its metrics."""
-
-
-def _training(stages: Sequence[StageFacts]) -> Iterator[_Chart]:
-    yield _over_steps(
-        "Distillation losses",
-        "Logarithmic. init learns from labels, d2d and d2s from the teacher",
-        stages,
-        {**_DIVERGENCES, "cross-entropy": "ce"},
-        y_label="nats a token",
-        log_y=True,
-    )
-    yield _over_steps(
-        "Load balance",
-        "Evenly loaded experts score as many as a token is sent to",
-        stages,
-        {"balance loss": "balance"},
-        y_label="",
-    )
-    yield _over_steps(
-        "Preference margin",
-        "How much more the student gained on chosen than on rejected answers",
-        stages,
-        {"margin": "margin", "chosen": "chosen_reward", "rejected": "rejected_reward"},
-        y_label="reward",
-    )
-    yield _over_steps(
-        "Preferred share",
-        "Pairs whose chosen answer gained more",
-        stages,
-        {"preferred": "preferred"},
-        y_label="share of pairs",
-        y_range=(0.0, 1.0),
-        percent=True,
-    )
-    yield from _cached_mass(stages)
-
-
-def _cached_mass(stages: Sequence[StageFacts]) -> Iterator[_Chart]:
-    """Of the last stage that distils; parts that hold no sample, from zero on, are left out."""
-    counts = next((stage.cached_mass.samples_by_mass for stage in reversed(stages) if stage.cached_mass), ())
-    first = next((place for place, count in enumerate(counts) if count), 0)
-    if counts:
-        width = 100 / len(counts)
-        names = [f"{place * width:.0f}–{(place + 1) * width:.0f}\u00a0%" for place in range(len(counts))]
-        bars = [(name, float(count)) for name, count in zip(names[first:], counts[first:], strict=True)]
-        yield _Chart(
-            "What the lake holds of the teacher",
-            "Its probability on the cached entries, on average over a sample's tokens",
-            bar_chart("What the lake holds of the teacher", bars, label="samples"),
-        )
-
-
-def _experts(stages: Sequence[StageFacts], last: Sequence[dict[str, Any]]) -> list[_Chart]:
-    if not last:
-        return []
-    layers = [f"sparse layer {number}" for number in range(1, len(last) + 1)]
-    experts = [f"expert {number}" for number in range(1, len(last[0]["load"]) + 1)]
-    title = "Load at the end"
-    charts = [
-        _Chart(
-            title,
-            "Full colour is twice an equal share or more",
-            heat_map(title, layers, experts, [layer["load"] for layer in last]),
-        )
-    ]
-    # Which experts serve which task, on held-out rows, as the last sparse stage left them.
-    by_task = next((stage.result.experts_by_task for stage in reversed(stages) if stage.result.experts_by_task), {})
-    if by_task:
-        charts += [
-            _Chart(
-                f"Experts by task, {layer}",
-                "Held-out samples, image tokens included. Rows that differ are experts that specialise",
-                heat_map(
-                    f"Experts by task, {layer}", list(by_task), experts, [loads[place] for loads in by_task.values()]
-                ),
-            )
-            for place, layer in enumerate(layers)
-        ]
-    even = math.log(len(experts))
-    charts.append(
-        _over_steps(
-            "Router entropy",
-            "Dashed: a router that cannot tell its experts apart",
-            stages,
-            {layer: partial(_entropy, place) for place, layer in enumerate(layers)},
-            y_label="nats",
-            level=even,
-        )
-    )
-    for place, layer in enumerate(layers):
-        charts.append(
-            _over_steps(
-                f"Load over time, {layer}",
-                "Dashed: an equal share",
-                stages,
-                {expert: partial(_load, place, number) for number, expert in enumerate(experts)},
-                y_label="share of routed tokens",
-                percent=True,
-                level=1 / len(experts),
-            )
-        )
-    return charts
-
-
-Reading = str | Callable[[dict[str, Any]], Any]
-
-
-def _over_steps(
-    title: str,
-    note: str,
-    stages: Sequence[StageFacts],
-    readings: dict[str, Reading],
-    *,
-    y_label: str,
-    y_range: tuple[float, float] | None = None,
-    log_y: bool = False,
-    percent: bool = False,
-    level: float | None = None,
-) -> _Chart:
-    """Readings of the metrics over the stages that have them, end to end. `level` is a dashed reference."""
-    points: dict[str, list[tuple[float, float]]] = {name: [] for name in readings}
-    bands: list[Band] = []
-    for stage in stages:
-        start = bands[-1].end if bands else 0.0
-        has_any = False
-        for name, reading in readings.items():
-            found = [(start + line["step"], _read(line, reading)) for line in stage.metrics]
-            if any(math.isfinite(value) for _, value in found):
-                has_any = True
-                # The gap keeps the line from crossing into the next stage.
-                points[name] += [*found, (math.nan, math.nan)]
-        if has_any:
-            bands.append(Band(stage.name, start, start + stage.done.figures.steps))
-    series = [Series(name, points[name], colour) for colour, name in enumerate(readings)]
-    shown = list(series)
-    if level is not None and bands:
-        shown.insert(0, Series("", [(bands[0].start, level), (bands[-1].end, level)], None, dashed=True))
-    svg = line_chart(
-        title,
-        shown,
-        x_label=_STEPS,
-        y_label=y_label,
-        bands=bands,
-        y_range=y_range,
-        log_y=log_y,
-        percent=percent,
-    )
-    return _Chart(title, note, svg, legend(series) if len(series) > 1 else None)
-
-
-def _entropy(layer: int, line: dict[str, Any]) -> Any:
-    return line["experts"][layer]["entropy"]
-
-
-def _load(layer: int, expert: int, line: dict[str, Any]) -> Any:
-    return line["experts"][layer]["load"][expert]
-
-
-def _read(line: dict[str, Any], reading: Reading) -> float:
-    """One reading of a line of metrics; NaN where the stage does not take it."""
-    try:
-        return _number(line[reading] if isinstance(reading, str) else reading(line))
-    except (KeyError, IndexError, TypeError):
-        return math.nan
 
 
 # ---- examples ----
@@ -468,12 +283,9 @@ def _names(facts: RunFacts) -> list[str]:
     return ["teacher", *(stage.name for stage in facts.stages)]
 
 
-def _lines(facts: RunFacts) -> list[dict[str, Any]]:
-    return [line for stage in facts.stages for line in stage.metrics]
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+def _curves(stage: StageFacts) -> StageCurves:
+    mass = () if stage.cached_mass is None else stage.cached_mass.samples_by_mass
+    return StageCurves(stage.name, stage.done.figures.steps, stage.metrics, mass, stage.result.experts_by_task)
 
 
 def _template() -> jinja2.Template:

@@ -19,7 +19,7 @@ difference: results are never mixed.
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -33,6 +33,7 @@ from logitlake_shared.cli_support import progress
 from logitlake_shared.config import write_provenance
 from logitlake_shared.durable import publish_folder, remove_staged, replace_file
 from logitlake_shared.errors import ConfigError, FingerprintMismatchError, TrainingError
+from logitlake_shared.jobs.progress import say, say_sometimes
 from logitlake_shared.lake import Lake
 from logitlake_student.checkpoints import first_difference, prune_checkpoints
 from logitlake_student.config import (
@@ -44,6 +45,7 @@ from logitlake_student.config import (
 from logitlake_student.explained import memory_explained, room_explained, writing_explained
 from logitlake_student.output_lock import output_lock
 from logitlake_student.ranks import first_rank_first, is_first_rank, join_ranks, wait_for_ranks, world_size
+from logitlake_student.stopping import StopRequest, stop_on_sigterm
 
 __all__ = ["StageRun", "plan_run", "train_run"]
 
@@ -128,22 +130,25 @@ def train_run(config: TrainConfig) -> Iterator[tuple[StageRun, dict[str, Any] | 
     done: with its closing figures, None where it was done already.
 
     Raises `ConfigError` while another process trains into the same output; nobody else can begin until all is done.
+    Raises `RunStopped` when SIGTERM ended it: its last step is in a checkpoint then.
     """
     _check_trackers(config)
     runs = plan_run(config)
     is_done = all(run.is_done() for run in runs)
     lock = nullcontext() if is_done or not is_first_rank() else output_lock(config.output)
-    with room_explained(config.output), lock:
+    steps = StepsTold(runs)
+    with room_explained(config.output), lock, stop_on_sigterm() as stop:
         for run in runs:
             if not run.is_done():
-                yield run, _train_stage(config, run)
+                stop.check()
+                yield run, _train_stage(config, run, steps, stop)
                 continue
             if is_first_rank():
                 _remove_checkpoints(run)  # of a process that was killed when all else was done
             yield run, None
 
 
-def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
+def _train_stage(config: TrainConfig, run: StageRun, steps: "StepsTold", stop: StopRequest) -> dict[str, Any]:
     import torch
 
     from logitlake_shared.reader import LakeDataset, PairDataset
@@ -229,7 +234,7 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     newest = newest_checkpoint(run.folder)
     done_steps = newest[0] if newest is not None else 0
     readable = ReadableItems(dataset if usable is None else usable, config.data.max_unreadable, _warn)
-    with _progress(f"train {stage.type}", stage.steps) as advance:
+    with _progress(f"train {stage.type}", stage.steps, steps.of(run, done_steps)) as advance:
         trainer = StageTrainer(
             model,
             stage,
@@ -240,12 +245,15 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
             config=config,
             identity=run.identity,
             advance=advance,
+            stop=stop,
         )
         trainer.take_up_records(done_steps)
         if newest is not None:
             advance(done_steps)
         with memory_explained(config):
             trainer.train(resume_from_checkpoint=str(newest[1]) if newest is not None else None)
+    if trainer.state.global_step < stage.steps:
+        stop.check()
 
     parameters = parameter_report(model)
     figures = {
@@ -273,6 +281,30 @@ def _train_stage(config: TrainConfig, run: StageRun) -> dict[str, Any]:
     return figures
 
 
+class StepsTold:
+    """The optimiser steps of a run, for whoever started it."""
+
+    def __init__(self, runs: Sequence[StageRun]) -> None:
+        self._done = {run.stage.type: run.stage.steps if run.is_done() else 0 for run in runs}
+        self._total = sum(run.stage.steps for run in runs)
+
+    def of(self, run: StageRun, done_steps: int) -> Callable[..., None]:
+        """Tells the steps of a stage, `done_steps` of which are in its newest checkpoint."""
+        name = run.stage.type
+        self._done[name] = done_steps
+        say(phase="running", counts=self._counts(), figures={"stage": name, "step": done_steps})
+        self._done[name] = 0
+
+        def tell(num: int, **figures: Any) -> None:
+            self._done[name] += num
+            say_sometimes(counts=self._counts(), figures={"stage": name, "step": self._done[name]} | figures)
+
+        return tell
+
+    def _counts(self) -> dict[str, int]:
+        return {"total": self._total, "committed": sum(self._done.values()), "failed": 0, "quarantined": 0}
+
+
 def _tell_cached_mass(run: StageRun, found: Any) -> None:
     """`found` is a `CachedMass`."""
     _write(run.folder / CACHED_MASS, found.document())
@@ -290,13 +322,18 @@ def _remove_checkpoints(run: StageRun) -> None:
 
 
 @contextmanager
-def _progress(label: str, num_steps: int) -> Iterator[Callable[..., None]]:
-    """The first rank's bar; the others are silent."""
+def _progress(label: str, num_steps: int, tell: Callable[..., None]) -> Iterator[Callable[..., None]]:
+    """The first rank's bar, which `tell` hears of, too; the others are silent."""
     if not is_first_rank():
         yield lambda *_, **__: None
         return
     with progress(label, num_steps, "steps") as advance:
-        yield advance
+
+        def both(num: int = 1, **figures: Any) -> None:
+            advance(num, **figures)
+            tell(num, **figures)
+
+        yield both
 
 
 def starting_checkpoint(config: TrainConfig, run: StageRun) -> Path:

@@ -53,6 +53,7 @@ from logitlake_student.objectives import (
 from logitlake_student.objectives.sums import add, sum_over_ranks
 from logitlake_student.ranks import is_first_rank, wait_for_ranks, world_size
 from logitlake_student.sharding import copy_whole, load_optimizer_state, optimizer_state, shard, whole
+from logitlake_student.stopping import StopRequest
 
 __all__ = ["StageTrainer", "micro_batches"]
 
@@ -70,7 +71,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """Trains `model` (already frozen for its stage) on `dataset` under one stage's configuration.
 
     With `shards`, several ranks hold a part of the student each. `advance(1, **figures)` is called after every step.
-    Raises `TrainingError` on a loss that is not finite.
+    Once `stop` asks for it, the step under way is the last, and its checkpoint is written. Raises `TrainingError` on a
+    loss that is not finite.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         config: TrainConfig,
         identity: dict[str, Any],
         advance: Callable[..., None],
+        stop: StopRequest | None = None,
     ) -> None:
         device = config.device
         accumulated = micro_batches(stage, world_size())
@@ -139,6 +142,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._average = None if stage.ema_decay is None else MovingAverage(_trained(model), stage.ema_decay)
         self.add_callback(_Progress(advance, self._latest, self._average))
         self.add_callback(_Bias(step, self._bias))
+        self.add_callback(_Stop(stop or StopRequest()))
         self._shown: dict[str, Any] = {}
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
@@ -473,6 +477,15 @@ class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._average is not None:
             self._average.apply()
+
+
+class _Stop(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._stop.is_made:
+            control.should_save = control.should_training_stop = True
 
 
 def _trained(model: Any) -> list[tuple[str, Any]]:

@@ -98,8 +98,8 @@ def _prepared(config: CaptureConfig | PairsConfig) -> Prepared:
 
 
 def _run(config: CaptureConfig | PairsConfig, plan_digest: str | None) -> None:
+    from logitlake_shared.stopped import RunStopped
     from logitlake_teacher import service
-    from logitlake_teacher.executors import RunStopped
     from logitlake_teacher.planning import check_plan
 
     prepared = _prepared(config)

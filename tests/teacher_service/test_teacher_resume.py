@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from logitlake_shared.reader import LakeDataset
-from logitlake_teacher.executors import RunStopped, stop_on_signals
+from logitlake_shared.stopped import RunStopped
+from logitlake_teacher.executors import stop_on_signals
 from logitlake_teacher.executors.inline import InlineExecutor
 
 Command = Callable[..., Any]

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from logitlake_shared.config_paths import absolute
 from logitlake_shared.jobs import orders
 from logitlake_shared.jobs.progress import MARK
 from logitlake_shared.jobs.records import Event, Job, JobFault, JobState, NewJob
@@ -78,6 +79,29 @@ class Events(BaseModel):
     data: list[Event]
     next_after: int = Field(examples=[17], description="send it as `after` to go on")
     ended: bool = Field(description="whether the job ended and these are the last")
+
+
+def new_job(
+    submission: Submission,
+    config: BaseModel,
+    subject: str,
+    settings: JobsSettings,
+    arguments: tuple[str, ...] = (),
+) -> NewJob:
+    """What a submission becomes with this configuration, whose paths are made absolute."""
+    resolved = absolute(config).model_dump(mode="json")
+    return NewJob(
+        kind=submission.kind,
+        config=resolved,
+        digest=hashlib.sha256(json.dumps([submission.kind, resolved], sort_keys=True).encode()).hexdigest(),
+        subject=subject,
+        lane=subject,
+        arguments=arguments,
+        name=submission.name,
+        labels=submission.labels,
+        max_attempts=submission.max_attempts or settings.max_attempts,
+        expires_in_s=submission.expires_in_s,
+    )
 
 
 Resolve = Callable[[Submission], NewJob]

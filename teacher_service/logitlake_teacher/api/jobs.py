@@ -4,8 +4,6 @@ A job's configuration is that of the command line, with bounds: it writes into t
 may let images in from no more hosts and stores than the operator does.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,12 +15,12 @@ from starlette.responses import Response
 
 from logitlake_schemas import layout
 from logitlake_shared.config import parse_config
-from logitlake_shared.config_paths import absolute, check_roots
+from logitlake_shared.config_paths import check_roots
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.jobs.records import Job, NewJob
 from logitlake_shared.jobs.states import ENDED
 from logitlake_shared.web.doors import Asking
-from logitlake_shared.web.jobs import Resolve, Submission, jobs_of, shown, submit, wait_for_end
+from logitlake_shared.web.jobs import Resolve, Submission, jobs_of, new_job, shown, submit, wait_for_end
 from logitlake_shared.web.limits import becomes_stream
 from logitlake_shared.web.problems import Problem
 from logitlake_teacher.config import CaptureConfig, PairsConfig
@@ -92,19 +90,8 @@ def _resolve(lake_uri: str, settings: TeacherJobsSettings, submission: Submissio
     if "folder" not in document.get("plan", {}):
         plans = config.plan.model_copy(update={"folder": settings.folder / "plans"})
         config = config.model_copy(update={"plan": plans})
-    resolved = absolute(config).model_dump(mode="json")
-    return NewJob(
-        kind=submission.kind,
-        config=resolved,
-        digest=hashlib.sha256(json.dumps([submission.kind, resolved], sort_keys=True).encode()).hexdigest(),
-        subject=cache,
-        lane=cache,
-        arguments=() if submission.plan_digest is None else ("--plan-digest", submission.plan_digest),
-        name=submission.name,
-        labels=submission.labels,
-        max_attempts=submission.max_attempts or settings.max_attempts,
-        expires_in_s=submission.expires_in_s,
-    )
+    digest = submission.plan_digest
+    return new_job(submission, config, cache, settings, () if digest is None else ("--plan-digest", digest))
 
 
 def _check_bounds(config: CaptureConfig | PairsConfig, settings: TeacherJobsSettings) -> None:

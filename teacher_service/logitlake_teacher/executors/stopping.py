@@ -12,18 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["RunStopped", "StopRequest", "stop_on_signals"]
+from logitlake_shared.stopped import RunStopped
+
+__all__ = ["StopRequest", "stop_on_signals"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class RunStopped(Exception):  # noqa: N818  # it was asked for
-    """A run that ended because a signal asked for it; `str` is the signal's name."""
-
-    @property
-    def exit_code(self) -> int:
-        """128 plus the signal, as shells report it."""
-        return 128 + signal.Signals[str(self)]
 
 
 class StopRequest:
