@@ -202,7 +202,11 @@ class Finished:
 @pytest.fixture
 def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
     """`run_command("logitlake-teacher", "plan", config, "a.b=c")`: a console script, run to its end in this process."""
-    mains = {"logitlake-teacher": "logitlake_teacher.cli", "logitlake-student": "logitlake_student.cli"}
+    mains = {
+        "logitlake": "logitlake_shared.cli",
+        "logitlake-teacher": "logitlake_teacher.cli",
+        "logitlake-student": "logitlake_student.cli",
+    }
 
     def run(program: str, *arguments: object) -> Finished:
         monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])

@@ -5,6 +5,8 @@ Each command imports what it needs when it runs, so that `--help` is instant and
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +18,17 @@ from logitlake_shared.cli_support import progress, run_cli
 from logitlake_shared.errors import QueryError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from logitlake_shared.tools.stats import By, CacheStats
 
 __all__ = ["main"]
 
 _LAKE = click.argument("lake", metavar="LAKE")
+_LAKE_OR_SERVER = click.argument("lake", metavar="[LAKE]", required=False)
+_SERVER = click.option(
+    "--server", metavar="URL", help="Ask this service instead of a LAKE; its token: LOGITLAKE_TOKEN."
+)
 _CACHE = click.option("--cache", metavar="NAME", help="Only this cache.  [default: all of the lake]")
 _TABLE_OR_JSON = click.option(
     "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True
@@ -41,28 +49,30 @@ def cli() -> None:
 
 
 @cli.command(short_help="The caches of a lake in figures.")
-@_LAKE
+@_LAKE_OR_SERVER
+@_SERVER
 @_TABLE_OR_JSON
-def ls(lake: str, output: str) -> None:
+def ls(lake: str | None, server: str | None, output: str) -> None:
     """The caches of a lake: teacher, rows, tokens, bytes per token, stored error.
 
     \b
     logitlake ls runs/demo/lake
+    logitlake ls --server http://localhost:8321
     """
-    from logitlake_shared.catalog import open_catalog
     from logitlake_shared.cli_output import show_records, to_json
 
-    with open_catalog(lake) as catalog:
+    with _asked(lake, server) as ask:
         if output == "table":
-            show_records(catalog.query(_CACHES))
+            show_records(ask(_CACHES).read_all())
         else:
-            for record in catalog.query("SELECT * FROM caches ORDER BY cache").to_pylist():
+            for record in ask("SELECT * FROM caches ORDER BY cache").read_all().to_pylist():
                 click.echo(to_json(record))
 
 
 @cli.command(short_help="Answer a question in SQL.")
-@_LAKE
-@click.argument("query")
+@_LAKE_OR_SERVER
+@click.argument("query", required=False)
+@_SERVER
 @click.option(
     "-o",
     "--output",
@@ -73,7 +83,9 @@ def ls(lake: str, output: str) -> None:
 @click.option(
     "--rows", type=click.IntRange(0), default=100, show_default=True, help="Rows that a terminal shows; 0 is all."
 )
-def sql(lake: str, query: str, output: str | None, to: Path | None, rows: int) -> None:
+def sql(
+    lake: str | None, query: str | None, server: str | None, output: str | None, to: Path | None, rows: int
+) -> None:
     """Answer one SQL QUERY; `-` reads it from standard input.
 
     Views: samples, tokens, topk, pairs, images, sample_index, shards, caches, errors. `DESCRIBE tokens` lists a
@@ -82,14 +94,18 @@ def sql(lake: str, query: str, output: str | None, to: Path | None, rows: int) -
     \b
     logitlake sql runs/demo/lake "SELECT task, avg(entropy) FROM tokens GROUP BY task"
     logitlake sql runs/demo/lake "SELECT * FROM tokens" --to tokens.parquet
+    logitlake sql --server http://localhost:8321 "SELECT count(*) FROM tokens"
     """
-    from logitlake_shared.catalog import open_catalog
     from logitlake_shared.cli_output import format_of, write
 
+    if server is not None and query is None:
+        lake, query = None, lake  # the only argument is the question
+    if query is None:
+        raise click.UsageError("Missing argument 'QUERY'.")
     started = time.perf_counter()
-    with open_catalog(lake) as catalog:
+    with _asked(lake, server) as ask:
         try:
-            answer = catalog.query_batches(sys.stdin.read() if query == "-" else query)
+            answer = ask(sys.stdin.read() if query == "-" else query)
             num_rows = write(answer, format_of(output, to), to, limit=rows)
         except QueryError as error:
             raise QueryError(f"{error}\nThe views are {_VIEWS}; `DESCRIBE tokens` lists a view's columns") from error
@@ -193,6 +209,35 @@ def _print_stats(found: "list[CacheStats]", output: str) -> None:
         from logitlake_shared.tools.stats_text import print_stats
 
         print_stats(found)
+
+
+Ask = Callable[[str], "pa.RecordBatchReader"]
+
+
+@contextmanager
+def _asked(lake: str | None, server: str | None) -> Iterator[Ask]:
+    """What answers questions in SQL: the lake, or the service, of which exactly one is named."""
+    if (lake is None) == (server is None):
+        raise click.UsageError("Name either a LAKE or a service (--server URL).")
+    if lake is not None:
+        from logitlake_shared.catalog import open_catalog
+
+        with open_catalog(lake) as catalog:
+            yield catalog.query_batches
+        return
+    from logitlake_shared.client import Client
+
+    with Client(str(server)) as client, ExitStack() as stack:
+        answers = []
+
+        def ask(sql: str) -> "pa.RecordBatchReader":
+            answers.append(stack.enter_context(client.sql(sql)))
+            return answers[-1].reader()
+
+        yield ask
+        for answer in answers:
+            if answer.truncated:
+                click.echo(f"cut short: the service gives no more {answer.truncated} of an answer", err=True)
 
 
 for command in (verify, diff, gc, rebuild, doctor):

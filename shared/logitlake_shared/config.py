@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.spelling import did_you_mean
 
-__all__ = ["StrictModel", "field_table", "load_config", "parse_config", "to_toml", "write_provenance"]
+__all__ = ["StrictModel", "field_table", "load_config", "load_document", "parse_config", "to_toml", "write_provenance"]
 
 # The libraries whose version can move a figure; those that are not installed are left out of the provenance.
 _PROVENANCE_PACKAGES = (
@@ -60,10 +60,16 @@ def load_config(cls: type[Model], path: Path | None, overrides: Sequence[str] = 
     An override's value is read as TOML (`3`, `1e-4`, `true`, `["a"]`); what is not TOML is taken as a string.
     Raises `ConfigError`.
     """
+    document = load_document(path, overrides)
+    return parse_config(cls, document, "the defaults and overrides" if path is None else str(path))
+
+
+def load_document(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The TOML file and the overrides, not looked at further: for whoever is to read them elsewhere."""
     document = {} if path is None else _read_toml(path)
     for override in overrides:
         _apply_override(document, override)
-    return parse_config(cls, document, "the defaults and overrides" if path is None else str(path))
+    return document
 
 
 def parse_config(cls: type[Model], document: Mapping[str, Any], where: str) -> Model:

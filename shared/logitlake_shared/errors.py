@@ -21,6 +21,7 @@
     ├── JobError (RuntimeError)           a job, or the cluster that is to run it
     │   ├── JobStateError                 a job in another state than this needs
     │   └── JobSubmitError                a key that was used for another submission
+    ├── ServiceError (RuntimeError)       a service that refused, failed, or did not answer
     ├── TrainingError (RuntimeError)      the student trainer
     │   ├── CheckpointError               checkpoints, none of which is whole
     │   └── MemoryExhaustedError          a step that does not fit the device
@@ -55,6 +56,7 @@ __all__ = [
     "QueryRefusedError",
     "QueryTimeoutError",
     "QueryTooLargeError",
+    "ServiceError",
     "TrainingError",
 ]
 
@@ -147,6 +149,19 @@ class JobStateError(JobError):
 
 class JobSubmitError(JobError):
     """A submission whose idempotency key is another submission's."""
+
+
+class ServiceError(LogitLakeError, RuntimeError):
+    """A service that answered with a problem, or not at all.
+
+    The fields are those of its problem document (docs/errors.md); `code` is `unreachable` where nobody answered.
+    """
+
+    code: str = "unreachable"
+    status: int = 0
+    hint: str = ""
+    retryable: bool = False
+    request_id: str | None = None
 
 
 class TrainingError(LogitLakeError, RuntimeError):

@@ -33,7 +33,7 @@ from logitlake_shared.errors import LakeError
 if TYPE_CHECKING:
     from obstore.store import ClientConfig
 
-__all__ = ["TOKEN_VARIABLE", "ObjectStore", "StoredObject", "memory_store", "open_store"]
+__all__ = ["TOKEN_VARIABLE", "ObjectStore", "StoredObject", "memory_store", "open_store", "token_headers"]
 
 Backend = AzureStore | GCSStore | HTTPStore | LocalStore | MemoryStore | S3Store
 
@@ -239,15 +239,15 @@ class _RemoteFile(io.RawIOBase):
         return data
 
 
-def open_store(uri: str | Path) -> ObjectStore:
+def open_store(uri: str | Path, token: str | None = None) -> ObjectStore:
     """The store at `uri`: a folder, `s3://bucket/prefix`, `gs://…`, `az://…`; credentials come from the environment.
 
     `https://host/v1/files` is a lake that a LogitLake service hands out, to be read only; the environment's
-    `LOGITLAKE_TOKEN` opens it. A folder is created when it does not exist.
+    `LOGITLAKE_TOKEN`, or `token`, opens it. A folder is created when it does not exist.
     """
     text = str(uri)
     if text.startswith(("http://", "https://")):
-        return _served_store(text)
+        return _served_store(text, token)
     if "://" in text and not text.startswith("file://"):
         try:
             return ObjectStore(text, from_url(text), None)
@@ -261,16 +261,26 @@ def open_store(uri: str | Path) -> ObjectStore:
         raise LakeError(f"{text}: cannot be opened as a folder: {error}") from error
 
 
-def _served_store(url: str) -> ObjectStore:
+def token_headers(url: str, token: str | None = None) -> dict[str, str]:
+    """What opens a service's door: `token`, else that of the environment; nothing where there is none.
+
+    Raises `LakeError` where it would be sent unencrypted to another machine.
+    """
+    address = urlsplit(url)
+    sent = token or os.environ.get(TOKEN_VARIABLE)
+    if sent and address.scheme == "http" and address.hostname not in _LOOPBACK:
+        raise LakeError(
+            f"{url}: {TOKEN_VARIABLE} is set, and would be sent unencrypted; use an https:// address, or a tunnel to "
+            "127.0.0.1"
+        )
+    return {"authorization": f"Bearer {sent}"} if sent else {}
+
+
+def _served_store(url: str, token: str | None = None) -> ObjectStore:
     address = urlsplit(url)
     options: ClientConfig = {"allow_http": address.scheme == "http"}
-    if token := os.environ.get(TOKEN_VARIABLE):
-        if address.scheme == "http" and address.hostname not in _LOOPBACK:
-            raise LakeError(
-                f"{url}: {TOKEN_VARIABLE} is set, and would be sent unencrypted; use an https:// address, or a tunnel "
-                "to 127.0.0.1"
-            )
-        options["default_headers"] = {"authorization": f"Bearer {token}"}
+    if headers := token_headers(url, token):
+        options["default_headers"] = headers
     try:
         store = HTTPStore(url, client_options=options)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`logitlake-student`: train, eval, export, report; chat, predict, pope and serve have files of their own.
+"""`logitlake-student`: train, eval, export, report; chat, predict, pope, serve and jobs have files of their own.
 
 Each of the first four takes a TOML file and `section.key=value` overrides. A command can be killed at any time and run
 again: it goes on, or says that everything is done. Everything heavy is imported inside the commands.
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from logitlake_shared.cli_jobs import service_jobs
 from logitlake_shared.cli_support import config_command, run_cli
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.jobs.progress import say
@@ -127,6 +128,7 @@ cli.add_command(chat)
 cli.add_command(predict)
 cli.add_command(pope)
 cli.add_command(serve)
+cli.add_command(service_jobs("train"))
 
 
 def _figure(share: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`logitlake-teacher jobs`: captures that run on a Ray cluster while nobody watches.
+"""`logitlake-teacher jobs`: captures that run on a Ray cluster while nobody watches; with `--server`, a service's jobs.
 
 `submit` stores what is to be done in the lake and starts it; `ls`, `logs` and `cancel` look after it; `resume` starts
 the same again, which does what is left. Ctrl-C while following a log leaves the job alone.
@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from logitlake_shared.cli_jobs import service_jobs
 from logitlake_shared.cli_support import config_command
 from logitlake_shared.errors import JobError
 
@@ -34,9 +36,32 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _FOLLOW = click.option("--follow", is_flag=True, help="Show the log until the job ends, and exit as it does.")
 
 
-@click.group()
-def jobs() -> None:
-    """Captures as jobs of a Ray cluster (its token: RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH)."""
+class _Jobs(click.Group):
+    """The cluster's commands; those of a service where `--server` names one."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """See `click.Group`."""
+        return self._commands(ctx).get(cmd_name)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """See `click.Group`."""
+        return sorted(self._commands(ctx))
+
+    def _commands(self, context: click.Context) -> Mapping[str, click.Command]:
+        return self.commands if context.params.get("server") is None else service_jobs("capture", "pairs").commands
+
+
+@click.group(cls=_Jobs)
+@click.option("--server", metavar="URL", help="Jobs of this service; its token: LOGITLAKE_TOKEN.")
+@click.pass_context
+def jobs(context: click.Context, server: str | None) -> None:
+    """Captures as jobs of a Ray cluster (its token: RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH), or of a service.
+
+    \b
+    logitlake-teacher jobs submit capture.toml
+    logitlake-teacher jobs --server http://localhost:8321 submit capture.toml
+    """
+    context.obj = server
 
 
 @jobs.command()
