@@ -167,8 +167,9 @@ def cancel(run: str, address: str | None) -> None:
 
 @jobs.command(hidden=True)
 @click.argument("run")
+@click.argument("arguments", nargs=-1)
 @click.pass_context
-def drive(context: click.Context, run: str) -> None:
+def drive(context: click.Context, run: str, arguments: tuple[str, ...]) -> None:
     """What a job runs on the cluster: the RUN that lies in the lake which the environment names."""
     import os
     import tempfile
@@ -184,7 +185,7 @@ def drive(context: click.Context, run: str) -> None:
         file.write(to_toml(stored.config))
         file.flush()
         root: Any = context.find_root().command
-        root.main([stored.command, file.name], standalone_mode=False)
+        root.main([stored.command, file.name, *arguments], standalone_mode=False)
 
 
 def _tell(cluster: RayJobs, attempt: Attempt, is_new: bool, as_json: bool, follow: bool) -> None:

@@ -13,12 +13,13 @@ import hashlib
 import ipaddress
 import json
 import os
+import shlex
 import time
 import tomllib
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,18 +161,30 @@ class RayJobs:
         """An attempt as it is now."""
         return _attempt(self._call("GET", submission_id))
 
-    def submit(self, run: Run, number: int) -> tuple[Attempt, bool]:
-        """The attempt, and whether this call began it; False: somebody else submitted the same before."""
-        submission_id = f"{run.name}-a{number}"
+    def submit(
+        self,
+        run: Run,
+        number: int,
+        submission_id: str | None = None,
+        arguments: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> tuple[Attempt, bool]:
+        """The attempt, and whether this call began it; False: somebody else submitted the same before.
+
+        `submission_id` is its name at the cluster, `<run>-a<number>` unless somebody has one of their own; `arguments`
+        and environment `variables` are its command's.
+        """
+        submission_id = submission_id or f"{run.name}-a{number}"
         environment = {
             LAKE_VARIABLE: run.config.lake.uri,
             "RAY_USAGE_STATS_ENABLED": "0",
             # Ray kills three seconds after SIGTERM unless it is told otherwise.
             "RAY_JOB_STOP_WAIT_TIME_S": str(int(run.config.executor.grace_s) + _STOP_MARGIN_S),
+            **(variables or {}),
         }
         body = {
             # A shell reads it: nothing in it but names that were made here.
-            "entrypoint": f"logitlake-teacher jobs drive {run.name}",
+            "entrypoint": shlex.join(["logitlake-teacher", "jobs", "drive", run.name, "--", *arguments]),
             "submission_id": submission_id,
             "runtime_env": {"env_vars": environment},
             "metadata": {
@@ -185,7 +198,7 @@ class RayJobs:
             self._post_job(body)
         except JobError:
             # Ray answers a taken submission id like any failure: only a look tells them apart.
-            known = [one for one in self.attempts(run.name) if one.number == number]
+            known = [one for one in self.attempts(run.name) if one.submission_id == submission_id]
             if not known:
                 raise
             return known[0], False

@@ -121,6 +121,8 @@ class Supervisor:
             act(job, *arguments)
         except JobStateError:
             pass  # somebody moved it in the meantime: the next look sees where it is
+        except LogitLakeError as error:  # a cluster that does not answer, say
+            _log.warning("looking after a job failed; the next look tries again: %s", error, extra={"job_id": job.id})
         except Exception:
             _log.exception("looking after a job failed; the next look tries again", extra={"job_id": job.id})
 

@@ -7,6 +7,7 @@ from fastapi import FastAPI
 
 from logitlake_shared.errors import LogitLakeError
 from logitlake_shared.jobs.processes import ProcessRunner
+from logitlake_shared.jobs.runner import Runner
 from logitlake_shared.lake import Lake
 from logitlake_shared.sql_service import SqlPool
 from logitlake_shared.web.app import Check, make_app
@@ -18,6 +19,7 @@ from logitlake_teacher.api.jobs import command_of, kinds_of_jobs, plan_routes
 from logitlake_teacher.api.pages import page_routes
 from logitlake_teacher.api.sql import SqlQuestions, sql_routes
 from logitlake_teacher.config.serve import ServeConfig, TeacherJobsSettings
+from logitlake_teacher.ray_runner import RayRunner
 
 __all__ = ["teacher_app"]
 
@@ -58,5 +60,7 @@ def teacher_app(config: ServeConfig) -> FastAPI:
 
 
 def _jobs(lake_uri: str, settings: TeacherJobsSettings) -> Jobs:
-    runner = ProcessRunner(settings.folder / "attempts", command_of)
+    folder = settings.folder / "attempts"
+    address = settings.ray_address
+    runner: Runner = ProcessRunner(folder, command_of) if address is None else RayRunner(address, folder, command_of)
     return Jobs(settings, runner, kinds_of_jobs(lake_uri, settings))

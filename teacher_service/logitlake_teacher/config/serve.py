@@ -13,6 +13,9 @@ __all__ = ["ServeConfig", "TeacherJobsSettings"]
 class TeacherJobsSettings(JobsSettings):
     """Captures that are submitted over HTTP, and what they may do."""
 
+    ray_address: str | None = None
+    """Jobs API (`http://head:8265`) of a Ray cluster that the jobs run on; default: processes of this machine. Paths
+    must mean the same there"""
     allow_hosts: tuple[str, ...] = ()
     """hosts that a job's `images.allow_hosts` may name"""
     allow_stores: tuple[str, ...] = ()
