@@ -18,11 +18,18 @@ from logitlake_student.config import (
     ReportConfig,
     TrainConfig,
 )
+from logitlake_student.config.serve import StudentServeConfig
 
 PACKAGE = Path(logitlake_student.__file__).parent
 CONFIGS = sorted((PACKAGE / "configs").glob("*.toml"))
 EXAMPLE = PACKAGE.parents[1] / "examples" / "digit_scenes" / "configs" / "train.toml"
-COMMANDS = {"train": TrainConfig, "eval": EvalConfig, "export": ExportConfig, "report": ReportConfig}
+COMMANDS = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "export": ExportConfig,
+    "report": ReportConfig,
+    "serve": StudentServeConfig,
+}
 
 MINIMAL: dict[str, Any] = {
     "output": "out",
