@@ -17,6 +17,7 @@ from logitlake_teacher.api.caches import cache_routes
 from logitlake_teacher.api.files import files_route
 from logitlake_teacher.api.jobs import command_of, kinds_of_jobs, plan_routes
 from logitlake_teacher.api.pages import page_routes
+from logitlake_teacher.api.queries import LongQueries, query_routes
 from logitlake_teacher.api.sql import SqlQuestions, sql_routes
 from logitlake_teacher.config.serve import ServeConfig, TeacherJobsSettings
 from logitlake_teacher.ray_runner import RayRunner
@@ -41,11 +42,13 @@ def teacher_app(config: ServeConfig) -> FastAPI:
         with ExitStack() as stack:
             pool = stack.enter_context(SqlPool(config.lake, config.sql))
             app.state.questions = SqlQuestions(pool, app.state.service.registry)
+            app.state.queries = LongQueries(app.state.questions)
+            stack.enter_context(app.state.queries.running())
             if jobs is not None:
                 stack.enter_context(jobs.running(app.state.service))
             yield
 
-    routers = [cache_routes(), sql_routes(), page_routes()]
+    routers = [cache_routes(), sql_routes(), query_routes(), page_routes()]
     checks: dict[str, Check] = {"lake": lake_is_there}
     if config.jobs is not None and jobs is not None:
         routers += [job_routes(), plan_routes(config.lake, config.jobs), job_pages("/caches/")]

@@ -8,16 +8,17 @@ Each question leaves a line in the log: who, the digest of the text, rows, milli
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from operator import itemgetter
 from typing import Annotated, Any
 
 import pyarrow as pa
 from anyio import CancelScope, to_thread
-from fastapi import APIRouter, Header, Path, Request
+from fastapi import APIRouter, Header, Request
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import iterate_in_threadpool
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import StreamingResponse
 
 from logitlake_schemas import COLUMNS
 from logitlake_shared.errors import LogitLakeError
@@ -30,7 +31,7 @@ from logitlake_shared.web.problems import Problem, problem_of
 from logitlake_shared.web.traces import span
 from logitlake_teacher.api.documents import ColumnDocument, ViewDocument
 
-__all__ = ["SqlQuestions", "caches_asked", "questions_of", "sql_routes"]
+__all__ = ["Question", "SqlQuestions", "caches_asked", "format_of", "questions_of", "request_of", "sql_routes"]
 
 _log = logging.getLogger("logitlake.sql")
 
@@ -89,17 +90,27 @@ class SqlQuestions:
             self.end(principal, request, None, problem_of(error).code)
             raise
 
-    def answer(self, principal: Principal, request: SqlRequest) -> tuple[pa.Table, SqlResult]:
-        """The whole answer, and what is known of it. Raises as `begin` does."""
+    @contextmanager
+    def asked(self, principal: Principal, request: SqlRequest) -> Iterator[SqlResult]:
+        """The answer, to be read within the block. Raises as `begin` does."""
         verdict = "answered"
         with self.begin(principal, request) as result:
             try:
-                return result.read_all(), result
+                yield result
             except Exception as error:
                 verdict = problem_of(error).code
                 raise
             finally:
                 self.end(principal, request, result, verdict)
+
+    def answer(self, principal: Principal, request: SqlRequest) -> tuple[pa.Table, SqlResult]:
+        """The whole answer, and what is known of it. Raises as `begin` does."""
+        with self.asked(principal, request) as result:
+            return result.read_all(), result
+
+    def cancel(self, principal: Principal, query_id: str) -> bool:
+        """Ends a question of theirs; whether there was one."""
+        return self.asked_by.get(query_id) == principal.id and self.pool.cancel(query_id)
 
     def end(self, principal: Principal, request: SqlRequest, result: SqlResult | None, verdict: str) -> None:
         """Writes down how a question ended."""
@@ -118,13 +129,12 @@ class SqlQuestions:
 
 
 def sql_routes() -> APIRouter:
-    """`/v1/sql`, `/v1/queries/{query_id}`, `/v1/schema`."""
+    """`/v1/sql`, `/v1/schema`."""
     router = APIRouter(prefix="/v1", tags=["sql"])
     content: dict[str, Any] = {format_.media_type: {} for format_ in FORMATS.values()}
     said = "The rows, in the format that `Accept` asks for"
     answer: dict[int | str, dict[str, Any]] = {200: {"description": said, "content": content}}
     router.add_api_route("/sql", _ask, methods=["POST"], response_class=StreamingResponse, responses=answer)
-    router.add_api_route("/queries/{query_id}", _cancel, methods=["DELETE"], status_code=204, response_class=Response)
     router.add_api_route("/schema", _schema, response_model=list[ViewDocument])
     return router
 
@@ -135,13 +145,9 @@ def questions_of(request: Request) -> SqlQuestions:
     return questions
 
 
-def _ask(
-    request: Request, asking: Asking, question: Question, accept: Annotated[str, Header(max_length=1000)] = "*/*"
-) -> StreamingResponse:
-    """Answer one question. `X-Query-Id` names it: `DELETE /v1/queries/{id}` ends it, and so does hanging up."""
-    asking.require("read")
-    name = _format(accept)
-    asked = SqlRequest(
+def request_of(request: Request, asking: Principal, question: Question) -> SqlRequest:
+    """What a question is to the pool. Raises `Problem` for a cache that is not theirs."""
+    return SqlRequest(
         question.sql,
         caches=caches_asked(request.app.state.lake, asking, question.caches),
         params=question.params,
@@ -150,6 +156,15 @@ def _ask(
         max_rows=question.max_rows,
         max_bytes=question.max_bytes,
     )
+
+
+def _ask(
+    request: Request, asking: Asking, question: Question, accept: Annotated[str, Header(max_length=1000)] = "*/*"
+) -> StreamingResponse:
+    """Answer one question. `X-Query-Id` names it: `DELETE /v1/queries/{id}` ends it, and so does hanging up."""
+    asking.require("read")
+    name = format_of(accept)
+    asked = request_of(request, asking, question)
     questions = questions_of(request)
     result = questions.begin(asking, asked)
     snapshot = ",".join(f"{cache}={number}" for cache, number in sorted(result.snapshot.items()))
@@ -177,17 +192,6 @@ async def _streamed(
         questions.end(asking, asked, result, verdict)
 
 
-def _cancel(
-    request: Request, asking: Asking, query_id: Annotated[str, Path(max_length=100, examples=["qry_0193…"])]
-) -> Response:
-    """End a question of one's own. What it has answered until then is all there is."""
-    asking.require("read")
-    questions = questions_of(request)
-    if questions.asked_by.get(query_id) != asking.id or not questions.pool.cancel(query_id):
-        raise Problem("not_found", f"no question {query_id!r} of yours is under way")
-    return Response(status_code=204)
-
-
 def _schema(request: Request, asking: Asking) -> list[ViewDocument]:
     """The views that SQL may ask, with their columns."""
     asking.require("read")
@@ -210,7 +214,7 @@ def _schema(request: Request, asking: Asking) -> list[ViewDocument]:
     return questions.views
 
 
-def _format(accept: str) -> str:
+def format_of(accept: str) -> str:
     """The first format that is accepted, JSON where anything is. Raises `Problem` `not_acceptable`."""
     for part in accept.split(","):
         media_type = part.partition(";")[0].strip().lower()
