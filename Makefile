@@ -19,9 +19,11 @@ export HF_HUB_OFFLINE := 1
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m examples.digit_scenes.demo --engine $(ENGINE)
 
-# The suite. A missing vLLM fails here; under a bare `pytest` its tests are skipped with the reason.
+# The suite, two files at a time; then, alone, what starts a Ray and wants every core for itself. A missing vLLM fails
+# here; under a bare `pytest`, which runs all of it one after the other, its tests are skipped with the reason.
 test: check
-	LOGITLAKE_REQUIRE_VLLM=1 $(BIN)/python -m pytest
+	LOGITLAKE_REQUIRE_VLLM=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray"
+	LOGITLAKE_REQUIRE_VLLM=1 $(BIN)/python -m pytest -m ray
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

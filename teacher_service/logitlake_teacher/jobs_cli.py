@@ -52,7 +52,8 @@ class _Jobs(click.Group):
 
 
 @click.group(cls=_Jobs)
-@click.option("--server", metavar="URL", help="Jobs of this service; its token: LOGITLAKE_TOKEN.")
+# Eager, so that --help behind it is that of a service's commands.
+@click.option("--server", metavar="URL", is_eager=True, help="Jobs of this service; its token: LOGITLAKE_TOKEN.")
 @click.pass_context
 def jobs(context: click.Context, server: str | None) -> None:
     """Captures as jobs of a Ray cluster (its token: RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH), or of a service.

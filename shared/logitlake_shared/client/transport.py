@@ -106,7 +106,7 @@ def service_error(answer: httpx.Response) -> ServiceError:
     """The problem that an answer is."""
     try:
         problem = answer.json()
-        said = f"{problem['title']}: {problem['detail']}; {problem['hint']}"
+        said = f"{problem['title']}: {problem['detail']}"
     except (ValueError, KeyError, TypeError):
         problem, said = {}, answer.text[:200]
     number = problem.get("request_id")

@@ -51,17 +51,25 @@ class Supervisor:
         self._closing = False
         self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
+        self._lock: int | None = None
 
-    def __enter__(self) -> "Supervisor":
-        self._lock = os.open(self._settings.folder / "supervisor.lock", os.O_CREAT | os.O_RDWR, 0o600)
+    def claim(self) -> None:
+        """Makes the folder's jobs its own, before it begins. Raises `ConfigError` where they are another's."""
+        if self._lock is not None:
+            return
+        lock = os.open(self._settings.folder / "supervisor.lock", os.O_CREAT | os.O_RDWR, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._lock)
+            os.close(lock)
             raise ConfigError(
                 f"{self._settings.folder}: another service looks after the jobs of this folder; give each a folder of "
                 "its own (jobs.folder)"
             ) from None
+        self._lock = lock
+
+    def __enter__(self) -> "Supervisor":
+        self.claim()
         self._thread.start()
         return self
 
@@ -69,7 +77,9 @@ class Supervisor:
         self._closing = True
         self._wake.set()
         self._thread.join()
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def wake(self) -> None:
         """Has it look at once."""

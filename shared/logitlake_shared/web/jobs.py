@@ -115,6 +115,7 @@ class Jobs:
         self.store = JobStore(settings.folder / "jobs.sqlite")
         self.runner, self.kinds = runner, kinds
         self.supervisor = Supervisor(self.store, runner, settings)
+        self.supervisor.claim()
         self.feed = Feed(self.store)
 
     @contextmanager

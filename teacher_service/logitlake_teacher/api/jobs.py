@@ -82,7 +82,7 @@ def _resolve(lake_uri: str, settings: TeacherJobsSettings, submission: Submissio
     cache = lake.get("cache") if isinstance(lake, dict) else None
     if not isinstance(lake, dict) or not isinstance(cache, str) or not layout.valid_name(cache):
         raise ConfigError("config: `lake.cache` is required: the name of the cache to fill, letters, digits and `._-`")
-    if lake.get("uri", lake_uri) != lake_uri:
+    if not _is_same_lake(str(lake.get("uri", lake_uri)), lake_uri):
         raise ConfigError("config: `lake.uri` is another lake than the one that is served; leave it out")
     document["lake"] = lake | {"uri": lake_uri}
     config = parse_config(_CONFIGS[submission.kind], document, "config")
@@ -92,6 +92,12 @@ def _resolve(lake_uri: str, settings: TeacherJobsSettings, submission: Submissio
         config = config.model_copy(update={"plan": plans})
     digest = submission.plan_digest
     return new_job(submission, config, cache, settings, () if digest is None else ("--plan-digest", digest))
+
+
+def _is_same_lake(uri: str, other: str) -> bool:
+    if "://" in uri or "://" in other:
+        return uri.rstrip("/") == other.rstrip("/")
+    return Path(uri).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _check_bounds(config: CaptureConfig | PairsConfig, settings: TeacherJobsSettings) -> None:
