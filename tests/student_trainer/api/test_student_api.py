@@ -8,11 +8,14 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
+from fastapi.routing import APIRoute
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tests.student_trainer.api.conftest import StudentApi
 
 from logitlake_shared.web.tokens import TokenStore
+from logitlake_student.api.pages import page_routes
+from logitlake_student.api.runs import run_routes
 from logitlake_student.run_files import thinned
 
 ENDED = ("succeeded", "failed", "cancelled", "expired")
@@ -117,9 +120,13 @@ def test_a_token_shows_the_runs_that_it_covers(
     client = student_api(service={"tokens": tmp_path / "tokens.sqlite"})
     client.headers["Authorization"] = f"Bearer {token}"
     assert [run["name"] for run in client.get("/v1/runs").json()["data"]] == ["ours"]
-    for way in ("", "/metrics", "/checkpoints"):
-        assert client.get(f"/v1/runs/ours{way}").status_code == 200
-        assert client.get(f"/v1/runs/theirs{way}").json()["code"] == "not_found"
+    routes = [route for router in (run_routes(), page_routes()) for route in router.routes]
+    of_runs = [route.path for route in routes if isinstance(route, APIRoute) and "{run}" in route.path]
+    assert len(of_runs) > 3
+    for path in of_runs:
+        assert client.get(path.replace("{run}", "ours")).status_code == 200
+        assert client.get(path.replace("{run}", "theirs")).status_code == 404
+        assert httpx.get(f"{client.base_url}{path.replace('{run}', 'ours')}").status_code == 401
     assert client.post("/v1/jobs", json=training("theirs", {"type": "d2d"})).json()["code"] == "not_found"
 
 

@@ -10,9 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.routing import APIRoute
 from tests.teacher_service.api.conftest import Api
 from tests.teacher_service.conftest import NUM_SAMPLES
 
+from logitlake_shared.web.job_pages import job_pages
+from logitlake_shared.web.jobs import job_routes
 from logitlake_shared.web.tokens import TokenStore
 
 PARALLEL = 50
@@ -221,6 +224,37 @@ def test_who_does_not_see_the_cache_does_not_see_its_jobs(
     one = client.post("/v1/jobs", json=capture("main"), headers=ada | key).json()["id"]
     carl = header("carl", "submit", "*")
     assert client.post("/v1/jobs", json=capture("main"), headers=carl | key).json()["id"] != one
+
+
+def test_every_route_of_a_job_is_behind_the_door(
+    api: Api, capture: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """The matrix, from the routes themselves: nobody, a foreign token, one that may look, one that may order."""
+    tokens = TokenStore(tmp_path / "tokens.sqlite")
+    headers = {
+        who: {"Authorization": f"Bearer {tokens.create(who, scope, (cache,))[0]}"}
+        for who, scope, cache in (
+            ("foreign", "admin", "other"),
+            ("reader", "read", "main"),
+            ("submit", "submit", "main"),
+        )
+    } | {"nobody": {}}
+    client = api(service={"tokens": tmp_path / "tokens.sqlite"})
+    job = client.post("/v1/jobs", json=capture("main"), headers=headers["submit"]).json()["id"]
+    routes = [route for router in (job_routes(), job_pages("/caches/")) for route in router.routes]
+    of_jobs = [route for route in routes if isinstance(route, APIRoute) and "{job_id}" in route.path]
+    assert len(of_jobs) > 8
+    for route in of_jobs:
+        path = route.path.replace("{job_id}", job).replace("{order}", "pause")
+        (method,) = route.methods
+        needs_submit = method == "POST" or path.endswith("/logs")
+
+        def ask(who: str, method: str = method, path: str = path) -> int:
+            return client.request(method, path, headers=headers[who], follow_redirects=False).status_code
+
+        assert (ask("nobody"), ask("foreign")) == (401, 404), route.path
+        assert (ask("reader") == 403) == needs_submit, route.path
+        assert ask("submit") in (200, 202, 204, 303, 409), route.path
 
 
 def test_a_service_without_jobs_says_nothing_of_them(teacher: Any) -> None:
