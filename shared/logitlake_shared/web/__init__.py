@@ -4,7 +4,7 @@ app         an application with all of it in place, for services to add their ro
 settings    what a service may be told
 frame       around every answer: request ids, security headers, access log, metrics
 doors       who is asking, and what they may do: one function decides
-tokens      bearer tokens: hashed, scoped, expiring, revocable
+tokens      bearer tokens: hashed, scoped, expiring, revocable; token_routes has them over HTTP
 sessions    how a browser shows its token
 limits      size of bodies, rate and number of requests
 problems    every error as RFC 9457 problem+json, from one table of codes

@@ -35,6 +35,7 @@ from logitlake_shared.web.problems import (
 )
 from logitlake_shared.web.sessions import OPEN_PATHS, session_routes
 from logitlake_shared.web.settings import ServiceSettings
+from logitlake_shared.web.token_routes import token_routes
 from logitlake_shared.web.tokens import TokenStore
 from logitlake_shared.web.traces import Traces
 
@@ -134,6 +135,7 @@ def make_app(
     app.add_exception_handler(RequestValidationError, _invalid_answered)
     app.include_router(_operation())
     app.include_router(session_routes(service.tokens))
+    app.include_router(token_routes(service.tokens))
     for router in routers:
         app.include_router(router)
     return app

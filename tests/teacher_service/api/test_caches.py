@@ -24,6 +24,7 @@ OPEN = {"/livez", "/readyz", *OPEN_PATHS}
 # What tells of no cache in particular.
 OF_NO_CACHE = {"/openapi.json", "/metrics", "/v1/caches", "/v1/sql", "/v1/queries/{query_id}", "/v1/schema"}
 OF_NO_CACHE |= {"/v1/queries", "/v1/queries/{query_id}/result", "/", "/sql", "/logout"}
+OF_NO_CACHE |= {"/v1/tokens", "/v1/tokens/{token_id}"}
 
 
 def every_item(client: httpx.Client, path: str, limit: int, **query: Any) -> list[Any]:
@@ -157,7 +158,7 @@ def operations(app: Any) -> list[tuple[str, str]]:
 
 def filled(path: str, cache: str) -> str:
     values = {"{cache}": cache, "{number}": "1", "{sample_id:path}": "sample-0010", "{sha256}": "0" * 64}
-    values |= {"{path:path}": f"caches/{cache}/spec.json", "{query_id}": "qry_1"}
+    values |= {"{path:path}": f"caches/{cache}/spec.json", "{query_id}": "qry_1", "{token_id}": "tok_1"}
     for name, value in values.items():
         path = path.replace(name, value)
     assert "{" not in path

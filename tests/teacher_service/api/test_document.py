@@ -11,6 +11,9 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
+from tests.teacher_service.api.conftest import Api
+
+from logitlake_shared.web.tokens import TokenStore
 
 MAX_EXAMPLES = 25
 # A cursor is opaque: the document cannot say which strings are one, and most are refused.
@@ -23,14 +26,28 @@ def document(teacher: Callable[..., tuple[Any, str]]) -> str:
     return f"{teacher(requests_per_minute=10**6)[1]}/openapi.json"
 
 
-def test_every_answer_is_as_declared(document: str) -> None:
-    operations = [result.ok() for result in schemathesis.openapi.from_url(document).get_all_operations()]
-    assert len(operations) == sum(len(methods) for methods in httpx.get(document).json()["paths"].values())
-    for operation in operations:
+def check_answers(document: str, headers: dict[str, str], prefix: str = "") -> None:
+    """Asks every operation below the prefix."""
+    schema = schemathesis.openapi.from_url(document, headers=headers)
+    operations = [result.ok() for result in schema.get_all_operations()]
+    paths = httpx.get(document, headers=headers).json()["paths"]
+    assert len(operations) == sum(len(methods) for methods in paths.values())
+    for operation in (one for one in operations if one.path.startswith(prefix)):
 
         @settings(max_examples=MAX_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy())
         def answers_as_declared(case: Any) -> None:
-            case.call_and_validate(excluded_checks=EXCLUDED)
+            case.call_and_validate(headers=headers, excluded_checks=EXCLUDED)
 
         answers_as_declared()
+
+
+def test_every_answer_is_as_declared(document: str, tokens: TokenStore) -> None:
+    """By an administrator: tokens are made on the way, and whoever has none is let in nowhere from then on."""
+    check_answers(document, {"Authorization": f"Bearer {tokens.create('root', 'admin')[0]}"})
+
+
+@pytest.mark.parametrize("prefix", ["/v1/jobs", "/v1/plans"])
+def test_every_answer_about_jobs_is_as_declared(api: Api, prefix: str) -> None:
+    """Of a service that takes them."""
+    check_answers(f"{api().base_url}/openapi.json", {}, prefix)
