@@ -66,8 +66,15 @@ class Workshop:
         return self.until(job, lambda now: now.state in states)
 
     def until_it_waits(self, job: Job) -> Job:
-        """Takes steps until the job's work waits at the gate."""
-        return self.until(job, lambda now: "waits" in now.figures and now.state in ACTIVE)
+        """Takes steps until the newest attempt's work waits at the gate."""
+        return self.until(
+            job, lambda now: now.state in ACTIVE and "waits" in now.figures and now.figures["pid"] == self.pid(now)
+        )
+
+    def pid(self, job: Job) -> int:
+        """The process of the job's newest attempt; 0 before it has one."""
+        lock = self.settings.folder / "attempts" / job.id / str(len(self.job(job).attempts)) / "lock"
+        return int((lock.read_text() if lock.exists() else "") or 0)
 
     def open_gate(self) -> None:
         """Lets work that waits go on, once."""

@@ -25,12 +25,6 @@ def is_whole(job: Job) -> bool:
     return sum(parts.values()) == job.counts.total
 
 
-def pid_of(workshop: Workshop, job: Job) -> int:
-    """The process of the job's newest attempt."""
-    folder = workshop.settings.folder / "attempts" / job.id / str(len(workshop.job(job).attempts))
-    return int((folder / "lock").read_text())
-
-
 def test_a_job_goes_through_its_phases_and_says_what_it_came_to(workshop: Workshop) -> None:
     """Counts, figures and the result are the work's own words."""
     job = workshop.until_state(workshop.submit(items=3), *ENDED)
@@ -71,11 +65,10 @@ def test_work_that_is_killed_goes_on_in_another_attempt(workshop: Workshop) -> N
 def test_work_that_is_killed_again_and_again_fails(workshop: Workshop) -> None:
     """After as many attempts as it may have, and the counts say what was given up."""
     job = workshop.submit(items=4, wait_in="running", max_attempts=2)
-    for _ in range(2):
+    for number in (1, 2):
+        workshop.until(job, lambda now, number=number: len(now.attempts) == number)  # type: ignore[misc]
         workshop.until_it_waits(job)
-        os.kill(pid_of(workshop, job), signal.SIGKILL)
-        workshop.until(job, lambda now: now.attempts[-1].ended is not None)
-        workshop.store.heard(job.id, 1, 0, figures={})
+        os.kill(workshop.pid(job), signal.SIGKILL)
     job = workshop.until_state(job, *ENDED)
     assert job.state is S.FAILED
     assert job.fault is not None
@@ -162,7 +155,7 @@ def test_a_new_service_goes_on_where_the_old_one_was(workshop: Workshop, phase: 
     """Work that went on alone is found again; work that died with the service goes on in another attempt."""
     job = workshop.until_it_waits(workshop.submit(items=2, wait_in=phase))
     if work_dies:
-        os.killpg(pid_of(workshop, job), signal.SIGKILL)
+        os.killpg(workshop.pid(job), signal.SIGKILL)
     workshop.restart()
     for _ in range(3):  # one may go to the work that dies
         workshop.open_gate()

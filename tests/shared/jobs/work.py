@@ -63,7 +63,7 @@ def _stop(number: int, _: object) -> None:
 
 def _wait(config: WorkConfig, phase: str) -> None:
     if config.wait_in == phase:
-        say(figures={"waits": phase})
+        say(figures={"waits": phase, "pid": os.getpid()})
         gate = os.open(config.folder / "gate", os.O_RDWR)  # opened so, a pipe never comes to its end
         os.read(gate, 1)
         os.close(gate)
