@@ -20,6 +20,8 @@ __all__ = ["main"]
 def main(lock: str, folder: str, target: str, *arguments: str) -> None:
     """Runs the command in this process; ends as it ends."""
     os.set_inheritable(int(lock), False)
+    # Whoever started it writes this, too, and may have been killed before that.
+    os.pwrite(int(lock), str(os.getpid()).encode(), 0)
     module, _, name = target.partition(":")
     code = 1
     try:

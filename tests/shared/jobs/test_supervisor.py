@@ -195,6 +195,19 @@ def test_what_was_heard_before_a_restart_is_not_heard_again(workshop: Workshop) 
     assert workshop.states(job).count("running") == 1
 
 
+def test_work_can_be_ended_though_its_service_was_killed_before_it_wrote_down_its_process(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who it is, the work says itself."""
+    job = workshop.submit(items=1, wait_in="running")
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "pwrite", lambda *_: 0)
+        workshop.supervisor.step()
+    workshop.until_it_waits(job)
+    cancel(workshop.store, workshop.job(job))
+    assert workshop.until_state(job, *ENDED).state is S.CANCELLED
+
+
 def test_a_second_supervisor_of_a_folder_is_refused(workshop: Workshop) -> None:
     """Two would start everything twice."""
     other = Workshop(workshop.folder)
