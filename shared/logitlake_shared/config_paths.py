@@ -1,6 +1,6 @@
 """The paths in a configuration: made absolute for a process with another working directory, kept within bounds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from logitlake_shared.errors import ConfigError
 
-__all__ = ["absolute", "check_roots"]
+__all__ = ["absolute", "check_roots", "is_below"]
 
 Configured = TypeVar("Configured")
 
@@ -29,6 +29,11 @@ def absolute(value: Configured, name: str = "") -> Configured:
         made = path if isinstance(value, Path) else str(path)
     result: Configured = made
     return result
+
+
+def is_below(address: str, allowed: Iterable[str]) -> bool:
+    """Whether an address is one of these, or below one."""
+    return any(f"{address}/".startswith(f"{one.rstrip('/')}/") for one in allowed)
 
 
 def check_roots(config: BaseModel, roots: Sequence[Path], key: str = "") -> None:

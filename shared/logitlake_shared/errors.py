@@ -161,6 +161,7 @@ class ServiceError(LogitLakeError, RuntimeError):
     status: int = 0
     hint: str = ""
     retryable: bool = False
+    retry_after_s: float | None = None
     request_id: str | None = None
 
 

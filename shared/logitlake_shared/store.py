@@ -262,12 +262,12 @@ def open_store(uri: str | Path, token: str | None = None) -> ObjectStore:
 
 
 def token_headers(url: str, token: str | None = None) -> dict[str, str]:
-    """What opens a service's door: `token`, else that of the environment; nothing where there is none.
+    """What opens a service's door: `token`, or that of the environment where it is None; nothing where there is none.
 
     Raises `LakeError` where it would be sent unencrypted to another machine.
     """
     address = urlsplit(url)
-    sent = token or os.environ.get(TOKEN_VARIABLE)
+    sent = os.environ.get(TOKEN_VARIABLE) if token is None else token
     if sent and address.scheme == "http" and address.hostname not in _LOOPBACK:
         raise LakeError(
             f"{url}: {TOKEN_VARIABLE} is set, and would be sent unencrypted; use an https:// address, or a tunnel to "
@@ -279,6 +279,10 @@ def token_headers(url: str, token: str | None = None) -> dict[str, str]:
 def _served_store(url: str, token: str | None = None) -> ObjectStore:
     address = urlsplit(url)
     options: ClientConfig = {"allow_http": address.scheme == "http"}
+    if address.hostname in _LOOPBACK:
+        # A proxy of the environment would be asked for this machine's own services, too, and be sent their token. One
+        # that is named here, and excluded, keeps those of the environment out.
+        options |= {"proxy_url": "http://127.0.0.1:9", "proxy_excludes": ",".join(_LOOPBACK)}
     if headers := token_headers(url, token):
         options["default_headers"] = headers
     try:

@@ -18,7 +18,7 @@ from logitlake_schemas import canonical_json
 from logitlake_shared import durable
 from logitlake_shared.errors import CheckpointError
 
-__all__ = ["first_difference", "newest_checkpoint", "prune_checkpoints", "publish_folder"]
+__all__ = ["first_difference", "newest_checkpoint", "numbered_checkpoints", "prune_checkpoints", "publish_folder"]
 
 DIGESTS = "digests.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -37,7 +37,7 @@ def newest_checkpoint(stage_dir: Path) -> tuple[int, Path] | None:
     Warns of each damaged one that it passes over. Raises `CheckpointError` where all of them are damaged: days of work
     are not begun again without being asked.
     """
-    found = _numbered(stage_dir)
+    found = numbered_checkpoints(stage_dir)
     problem = None
     for step, folder in reversed(found):
         problem = damage(folder)
@@ -69,7 +69,7 @@ def prune_checkpoints(stage_dir: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints, and what is left of one whose removal was cut short."""
     for folder in stage_dir.glob(".checkpoint-*"):
         shutil.rmtree(folder)
-    for _, folder in _numbered(stage_dir)[: -keep or None]:
+    for _, folder in numbered_checkpoints(stage_dir)[: -keep or None]:
         shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}")))
 
 
@@ -90,7 +90,8 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _numbered(stage_dir: Path) -> list[tuple[int, Path]]:
+def numbered_checkpoints(stage_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint, whole or damaged, the oldest first."""
     found = [(match, folder) for folder in stage_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(folder.name))]
     return sorted((int(match[1]), folder) for match, folder in found)
 

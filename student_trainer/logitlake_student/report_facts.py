@@ -16,12 +16,9 @@ from logitlake_shared.cache_figures import CacheFigures, cache_figures
 from logitlake_shared.errors import ConfigError, DataError, FingerprintMismatchError, LakeError
 from logitlake_shared.lake import Cache, Lake
 from logitlake_student.config import STAGE_ORDER, ReportConfig
-from logitlake_student.run import CACHED_MASS, DONE
+from logitlake_student.run import CACHED_MASS, DONE, METRICS
 
 __all__ = ["FIGURES", "EvalResult", "Example", "Figure", "RunFacts", "StageFacts", "gather"]
-
-# The trainer writes it; its module needs torch, and a report does not.
-_METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -216,7 +213,7 @@ def _stage(config: ReportConfig, name: str, cache: Cache) -> StageFacts:
     return StageFacts(
         name,
         done,
-        _metrics(folder / _METRICS),
+        _metrics(folder / METRICS),
         _result(config, name, cache, why=f"stage {name}"),
         _parse(CachedMassOfStage, mass, advice) if mass.is_file() else None,
     )

@@ -49,6 +49,7 @@ from logitlake_student.stopping import StopRequest, stop_on_sigterm
 
 __all__ = ["StageRun", "plan_run", "train_run"]
 
+METRICS = "metrics.jsonl"
 STARTED = "started.json"
 DONE = "done.json"
 SNAPSHOTS = "snapshots.json"
@@ -133,11 +134,11 @@ def train_run(config: TrainConfig) -> Iterator[tuple[StageRun, dict[str, Any] | 
     Raises `RunStopped` when SIGTERM ended it: its last step is in a checkpoint then.
     """
     _check_trackers(config)
-    runs = plan_run(config)
-    is_done = all(run.is_done() for run in runs)
+    is_done = all(run.is_done() for run in plan_run(config))
     lock = nullcontext() if is_done or not is_first_rank() else output_lock(config.output)
-    steps = StepsTold(runs)
     with room_explained(config.output), lock, stop_on_sigterm() as stop:
+        runs = plan_run(config)  # again: another process may have been at work until the lock was free
+        steps = StepsTold(runs)
         for run in runs:
             if not run.is_done():
                 stop.check()

@@ -7,18 +7,17 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from logitlake_schemas import layout
+from logitlake_student.checkpoints import numbered_checkpoints
 from logitlake_student.config import STAGE_ORDER
 from logitlake_student.report_training import StageCurves
-from logitlake_student.run import CACHED_MASS, DONE, SNAPSHOTS, STARTED
+from logitlake_student.run import CACHED_MASS, DONE, METRICS, SNAPSHOTS, STARTED
 
 __all__ = ["SavedStep", "StageFiles", "find_run", "find_runs", "read_stages", "snapshots_of", "thinned"]
-
-_METRICS = "metrics.jsonl"
-_CHECKPOINT = "checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,11 @@ class StageFiles:
         """That it is to have."""
         return int(self.identity["stage"]["steps"])
 
+    @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of its metrics until now; what is no line yet is left out."""
         try:
-            data = (self.folder / _METRICS).read_bytes()
+            data = (self.folder / METRICS).read_bytes()
         except FileNotFoundError:
             return []
         lines = data[: data.rfind(b"\n") + 1].splitlines()
@@ -58,19 +58,14 @@ class StageFiles:
 
     def saved(self) -> Iterator[SavedStep]:
         """Its checkpoints, the oldest first, and its model."""
-        steps = [
-            int(path.name.removeprefix(_CHECKPOINT))
-            for path in self.folder.glob(f"{_CHECKPOINT}*")
-            if path.name.removeprefix(_CHECKPOINT).isdecimal()
-        ]
-        for step in sorted(steps):
-            yield SavedStep(self.name, step, "checkpoint", _size(self.folder / f"{_CHECKPOINT}{step}"))
+        for step, folder in numbered_checkpoints(self.folder):
+            yield SavedStep(self.name, step, "checkpoint", _size(folder))
         if self.figures is not None:
             yield SavedStep(self.name, self.steps, "model", _size(self.folder / "model"))
 
     def curves(self) -> StageCurves:
         """For the charts."""
-        metrics = self.metrics()
+        metrics = self.metrics
         mass: tuple[int, ...] = ()
         if (self.folder / CACHED_MASS).is_file():
             mass = tuple(json.loads((self.folder / CACHED_MASS).read_bytes())["samples_by_mass"])

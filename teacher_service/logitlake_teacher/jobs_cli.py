@@ -28,8 +28,6 @@ __all__ = ["jobs"]
 
 # Between two looks at a log.
 _LOOK_S = 1.0
-# The exit code of a driver that was asked to end, see `executors.stopping`.
-_STOPPED = 143
 
 _ADDRESS = click.option("--address", metavar="URL", help="http(s)://head:8265 of the cluster; default: RAY_ADDRESS.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -217,7 +215,7 @@ def _follow(cluster: RayJobs, attempt: Attempt) -> None:
         sys.exit(130)
     click.echo(f"{ended.submission_id}: {ended.status}" + (f": {ended.message}" if ended.message else ""), err=True)
     if ended.status != "SUCCEEDED":
-        sys.exit(_STOPPED if ended.status == "STOPPED" else ended.exit_code or 1)
+        sys.exit(ended.code or 1)
 
 
 def _time(milliseconds: int | None) -> str:

@@ -31,15 +31,16 @@ from logitlake_shared.config import to_toml
 from logitlake_shared.config_paths import absolute
 from logitlake_shared.errors import ConfigError, JobError
 from logitlake_shared.lake import Lake
-from logitlake_teacher.config import CaptureConfig, PairsConfig
+from logitlake_teacher.config import CONFIGS, CaptureConfig, PairsConfig
 
 __all__ = ["Attempt", "RayJobs", "Run", "load_run", "store_run"]
 
 # The job's driver finds its run by these: the name on its command line, the lake here.
 LAKE_VARIABLE = "LOGITLAKE_JOB_LAKE"
-_COMMANDS: dict[str, type[CaptureConfig] | type[PairsConfig]] = {"capture": CaptureConfig, "pairs": PairsConfig}
 _RUN_DIGITS = 12
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+# The exit code of a driver that was asked to end, see `executors.stopping`.
+_STOPPED = 143
 _REQUEST_S = 30.0
 # A head that has just started answers so (500) until the agents of its nodes have told it of themselves.
 _NO_AGENT = "No available agent"
@@ -90,6 +91,11 @@ class Attempt:
         """Whether its status is final."""
         return self.status in _ENDED
 
+    @property
+    def code(self) -> int | None:
+        """What its driver ended with, one that was asked to end included; None if it was killed, or goes on."""
+        return {"SUCCEEDED": 0, "STOPPED": _STOPPED}.get(self.status, self.exit_code)
+
 
 def store_run(command: str, config: CaptureConfig | PairsConfig) -> Run:
     """Puts a run into its lake, which is made if it is not there. Raises `LakeError`."""
@@ -107,7 +113,7 @@ def load_run(lake_uri: str, name: str) -> Run:
         raise JobError(f"{lake_uri}: no run {name!r} in this lake; `logitlake-teacher jobs submit` makes one")
     document = tomllib.loads(data.decode())
     command = document["command"]
-    run = Run(command, _COMMANDS[command].model_validate(document["config"]))
+    run = Run(command, CONFIGS[command].model_validate(document["config"]))
     if run.name != name:
         raise JobError(
             f"{lake_uri}/{layout.job_path(name)}: its content is that of run {run.name}: it was edited, or written by "

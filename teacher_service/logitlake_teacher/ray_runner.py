@@ -1,74 +1,58 @@
 """Attempts as jobs of a Ray cluster, for a service that takes jobs and has no GPU of its own.
 
 What is to be done lies in the lake, as `jobs submit` leaves it there; the attempt's name at the cluster is that of the
-job and its number, so a restarted service finds its attempts again, and starting one twice is starting it once. Plans
-read and capture nothing: they run on the service's own machine.
+job and its number, so a restarted service finds its attempts again, and starting one twice is starting it once.
 """
 
 import time
-from pathlib import Path
 
-from logitlake_shared.jobs.processes import ProcessRunner
 from logitlake_shared.jobs.progress import VARIABLE
 from logitlake_shared.jobs.records import Job
-from logitlake_shared.jobs.runner import CommandOf, Look
-from logitlake_teacher.config import CaptureConfig, PairsConfig
+from logitlake_shared.jobs.runner import Look
+from logitlake_teacher.config import CONFIGS
 from logitlake_teacher.ray_jobs import RayJobs, store_run
 
 __all__ = ["RayRunner"]
 
-_CONFIGS: dict[str, type[CaptureConfig] | type[PairsConfig]] = {"capture": CaptureConfig, "pairs": PairsConfig}
 _LOOK_BYTES = 2**20
 # The Jobs API gives a log as a whole or not at all.
 _LOG_EVERY_S = 5.0
-# The exit code of a driver that was asked to end, see `executors.stopping`.
-_STOPPED = 143
 
 
 class RayRunner:
-    """Implements `Runner`."""
+    """Implements `Runner`, for captures and pairs."""
 
-    def __init__(self, address: str, folder: Path, command_of: CommandOf) -> None:
+    def __init__(self, address: str) -> None:
         """Raises `ConfigError` for what is no address, or one that needs a token and has none."""
-        self._cluster, self._here = RayJobs(address), ProcessRunner(folder, command_of)
+        self._cluster = RayJobs(address)
         self._read: dict[str, float] = {}
         """when the log of an attempt was read"""
 
     def start(self, job: Job, number: int) -> None:
         """See `Runner.start`."""
-        if job.kind not in _CONFIGS:
-            self._here.start(job, number)
-            return
-        run = store_run(job.kind, _CONFIGS[job.kind].model_validate(job.config))
+        run = store_run(job.kind, CONFIGS[job.kind].model_validate(job.config))
         self._cluster.submit(run, number, _name(job, number), job.arguments, {VARIABLE: "1"})
 
     def look(self, job: Job, number: int, log_offset: int) -> Look:
         """See `Runner.look`. While an attempt lives its log is read every few seconds."""
-        if job.kind not in _CONFIGS:
-            return self._here.look(job, number, log_offset)
         name = _name(job, number)
         attempt = next((one for one in self._cluster.attempts() if one.submission_id == name), None)
         if attempt is None:
             return Look(is_alive=False, exit_code=None, log=b"")
-        code = {"SUCCEEDED": 0, "STOPPED": _STOPPED}.get(attempt.status, attempt.exit_code)
         is_due = time.monotonic() - self._read.get(name, 0.0) >= _LOG_EVERY_S
         log = b""
         if attempt.ended or is_due:
             self._read[name] = time.monotonic()
             log = self._cluster.logs(name).encode()[log_offset : log_offset + _LOOK_BYTES]
-        return Look(not attempt.ended, code if attempt.ended else None, log)
+        return Look(not attempt.ended, attempt.code, log)
 
     def stop(self, job: Job, number: int, *, now: bool) -> None:
-        """See `Runner.stop`. Ray asks first and kills when the grace is over, `now` or not."""
-        if job.kind not in _CONFIGS:
-            self._here.stop(job, number, now=now)
-        else:
-            self._cluster.stop(_name(job, number))
+        """See `Runner.stop`."""
+        del now  # Ray asks first and kills when the grace is over, in either case
+        self._cluster.stop(_name(job, number))
 
     def log_tail(self, job: Job, number: int, num_bytes: int) -> bytes:
         """See `Runner.log_tail`."""
-        if job.kind not in _CONFIGS:
-            return self._here.log_tail(job, number, num_bytes)
         return self._cluster.logs(_name(job, number)).encode()[-num_bytes:]
 
 

@@ -56,6 +56,13 @@ def test_sql_cannot_leave_the_lake(small_lake: Path, sql: str, monkeypatch: pyte
     assert not (small_lake.parent / "stolen.csv").exists()
 
 
+def test_a_question_that_fails_when_half_of_its_answer_is_out_says_why(small_lake: Path) -> None:
+    """In DuckDB's words, as one that fails at once."""
+    sql = "SELECT CASE WHEN range < 100000 THEN '1' ELSE 'broken' END::INT AS n FROM range(200000)"
+    with Catalog(Lake.open(small_lake)) as catalog, pytest.raises(QueryError, match="Could not convert"):
+        list(catalog.query_batches(sql, rows=1000))
+
+
 def test_another_spec_is_refused_by_field(small_lake: Path, capture_spec: CaptureSpec) -> None:
     """The cache of one teacher does not take another's rows; the message names the fields."""
     engine = capture_spec.engine.model_copy(update={"dtype": "bfloat16"})

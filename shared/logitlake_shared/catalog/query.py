@@ -60,6 +60,8 @@ _LOCKED = (
 )
 _ANSWERED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
 _BATCH_ROWS = 100_000
+# How DuckDB's errors about its own file begin.
+_DAMAGE = ("IO Error", "FATAL Error")
 _INDEXED: tuple[ShardKind, ...] = ("samples", "pairs")
 # Numbers of shards that the published file does not know, above any of its own.
 _LATE = 1_000_000_000
@@ -308,7 +310,10 @@ class _Explained:
         # wrong is a bare `duckdb.Error`.
         if isinstance(error, duckdb.IOException | duckdb.FatalException) or type(error) is duckdb.Error:
             raise _damaged(error) from error
-        if isinstance(error, duckdb.Error | pa.ArrowException):
+        # While a stream is read, Arrow makes an OSError of whatever DuckDB says.
+        if isinstance(error, OSError) and str(error).startswith(_DAMAGE):
+            raise _damaged(error) from error
+        if isinstance(error, duckdb.Error | pa.ArrowException | OSError):
             raise QueryError(f"{error}") from error
 
 

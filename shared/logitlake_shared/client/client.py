@@ -7,6 +7,7 @@ Documents are dicts as the API gives them (its OpenAPI document says what is in 
 problem is a `ServiceError` with the code that docs/errors.md explains.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from urllib.parse import quote
 from logitlake_shared.client.jobs import Jobs
 from logitlake_shared.client.sql import SqlAnswer
 from logitlake_shared.client.transport import Transport
+from logitlake_shared.errors import ServiceError
 from logitlake_shared.lake import Lake
 from logitlake_shared.store import open_store
 
@@ -100,8 +102,12 @@ class Client:
         return sample
 
     def image(self, cache: str, sample_id: str, sha256: str) -> bytes:
-        """An image of a sample as it was captured."""
-        return self._transport.get_bytes(f"/v1/caches/{quote(cache, safe='')}/images/{sha256}", sample_id=sample_id)
+        """An image of a sample as it was captured. Raises `ServiceError` where its bytes are not those of its name."""
+        path = f"/v1/caches/{quote(cache, safe='')}/images/{sha256}"
+        data = self._transport.get_bytes(path, sample_id=sample_id)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ServiceError(f"{path}: came with other bytes than its name says; ask again, or verify the lake")
+        return data
 
     def runs(self) -> Iterator[dict[str, Any]]:
         """The runs of a student service that may be seen."""

@@ -32,6 +32,7 @@ class SqlAnswer:
     def __init__(self, transport: Transport, body: dict[str, Any]) -> None:
         self._open = transport.stream("POST", "/v1/sql", json=body, headers={"Accept": _MEDIA_TYPE})
         answer = self._open.__enter__()
+        self._is_closed = False
         self.truncated: str | None = None
         """the limit that cut it short (`rows`, `bytes`), once it was read"""
         self.milliseconds: float | None = None
@@ -60,20 +61,27 @@ class SqlAnswer:
         self.close()
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
-        """The batches. Raises `ServiceError` where the answer breaks off."""
-        while True:
-            try:
+        """The batches, once. Raises `ServiceError` where the answer breaks off."""
+        if self._is_closed:
+            closed = ServiceError("the answer was read, or closed: keep its table, or ask again")
+            closed.code = "answered"
+            raise closed
+        num_rows = 0
+        try:
+            while True:
                 batch, end = self._reader.read_next_batch_with_custom_metadata()
-            except StopIteration as stop:
-                raise _broken(stop) from None
-            except (pa.ArrowInvalid, OSError) as error:
-                raise _broken(error) from error
-            if end is not None:
-                self.truncated = end[b"logitlake.truncated"].decode() or None
-                self.milliseconds = float(end[b"logitlake.milliseconds"])
-                self.close()
-                return
-            yield batch.replace_schema_metadata(None)
+                if end is not None:
+                    if num_rows != int(end[b"logitlake.num_rows"]):
+                        raise OSError(f"{num_rows} rows of {int(end[b'logitlake.num_rows'])} came")
+                    self.truncated = end[b"logitlake.truncated"].decode() or None
+                    self.milliseconds = float(end[b"logitlake.milliseconds"])
+                    return
+                num_rows += batch.num_rows
+                yield batch.replace_schema_metadata(None)
+        except (StopIteration, pa.ArrowInvalid, OSError) as error:
+            raise _broken(error) from error
+        finally:
+            self.close()  # also where somebody leaves early
 
     def reader(self) -> pa.RecordBatchReader:
         """Its batches, for whatever reads Arrow."""
@@ -105,6 +113,7 @@ class SqlAnswer:
         self._close(None)
 
     def _close(self, error: BaseException | None) -> None:
+        self._is_closed = True
         self._open.__exit__(None if error is None else type(error), error, None)
 
 

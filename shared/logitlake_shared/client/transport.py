@@ -7,6 +7,7 @@ connection breaks, for a bounded time; nothing else is. A token never goes unenc
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 try:
@@ -44,7 +45,7 @@ class Transport:
 
     def get(self, path: str, **params: Any) -> Any:
         """The JSON document at a path. Parameters that are None are left out. Raises `ServiceError`."""
-        return self._answer("GET", path, params=_given(params), again=True).json()
+        return _document(self._answer("GET", path, params=_given(params), again=True))
 
     def get_bytes(self, path: str, **params: Any) -> bytes:
         """The bytes at a path. Raises `ServiceError`."""
@@ -54,7 +55,7 @@ class Transport:
         """The JSON answer to a JSON body. With an idempotency `key` it is sent again where that helps."""
         headers = {} if key is None else {"Idempotency-Key": key}
         answer = self._answer("POST", path, params=_given(params), json=body, headers=headers, again=key is not None)
-        return answer.json()
+        return _document(answer)
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
         """The items of a list, page after page."""
@@ -62,44 +63,64 @@ class Transport:
         while True:
             page = self.get(path, limit=_PAGE, cursor=cursor, **params)
             yield from page["data"]
-            cursor = page["next_cursor"]
             if not page["has_more"]:
                 return
+            if page["next_cursor"] == cursor:
+                raise ServiceError(f"{self.address}{path}: the list does not go on: every page names the same next one")
+            cursor = page["next_cursor"]
 
     @contextmanager
     def stream(self, method: str, path: str, **asked: Any) -> Iterator[httpx.Response]:
         """An answer that is read while it comes. Raises `ServiceError`, also where it breaks off."""
-        try:
-            with self._http.stream(method, path, **asked) as answer:
-                if answer.status_code >= 400:
+        patience = _Patience(self._patience_s)
+        while True:
+            try:
+                with self._http.stream(method, path, **asked) as answer:
+                    if answer.is_success:
+                        yield answer
+                        return
                     answer.read()
-                    raise service_error(answer)
-                yield answer
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
+                    failed = service_error(answer)
+            except httpx.HTTPError as error:
+                raise self._unreachable(error) from error
+            patience.wait(failed, again=False)
 
     def _answer(self, method: str, path: str, *, again: bool, **asked: Any) -> httpx.Response:
-        end, wait_s = time.monotonic() + self._patience_s, _FIRST_WAIT_S
+        patience = _Patience(self._patience_s)
         while True:
             try:
                 answer = self._http.request(method, path, **asked)
             except httpx.HTTPError as error:
-                failed, wanted_s = self._unreachable(error), wait_s
+                failed = self._unreachable(error)
                 failed.__cause__ = error
             else:
-                if answer.status_code < 400:
+                if answer.is_success:
                     return answer
                 failed = service_error(answer)
-                wanted_s = float(answer.headers.get("retry-after", wait_s))
-            # Busy services (429, 503) have done nothing: then anything may be sent again.
-            may_again = failed.status in (429, 503) or (again and (failed.retryable or not failed.status))
-            if not may_again or time.monotonic() + wanted_s > end:
-                raise failed
-            time.sleep(wanted_s)
-            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+            patience.wait(failed, again=again)
 
     def _unreachable(self, error: Exception) -> ServiceError:
         return ServiceError(f"{self.address}: no answer: {error or type(error).__name__}; check that it runs")
+
+
+class _Patience:
+    """How long it is worth asking again."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end, self._wait_s = time.monotonic() + seconds, _FIRST_WAIT_S
+
+    def wait(self, failed: ServiceError, *, again: bool) -> None:
+        """Returns when it is time to ask again; raises `failed` where that is no use, or comes too late.
+
+        Busy services (429, 503) have done nothing: they may be asked anything again. Where `again` says that twice is
+        as good as once, so may those that failed, and those that did not answer.
+        """
+        wanted_s = self._wait_s if failed.retry_after_s is None else failed.retry_after_s
+        is_worth_it = failed.status in (429, 503) or (again and (failed.retryable or not failed.status))
+        if not is_worth_it or time.monotonic() + wanted_s > self._end:
+            raise failed
+        time.sleep(wanted_s)
+        self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
 
 
 def service_error(answer: httpx.Response) -> ServiceError:
@@ -108,13 +129,31 @@ def service_error(answer: httpx.Response) -> ServiceError:
         problem = answer.json()
         said = f"{problem['title']}: {problem['detail']}"
     except (ValueError, KeyError, TypeError):
-        problem, said = {}, answer.text[:200]
+        problem, said = {}, f"{answer.status_code} {answer.text[:200]!r}, which is no answer of a LogitLake service"
     number = problem.get("request_id")
     error = ServiceError(f"{answer.url.copy_with(query=None)}: {said}" + (f" ({number})" if number else ""))
     error.status, error.request_id = answer.status_code, number
     error.code, error.hint = problem.get("code", f"http_{answer.status_code}"), problem.get("hint", "")
     error.retryable = bool(problem.get("retryable", answer.status_code in (502, 503, 504)))
+    error.retry_after_s = _seconds(answer.headers.get("retry-after"))
     return error
+
+
+def _document(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError:
+        raise service_error(answer) from None
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """RFC 9110: seconds, or a date."""
+    if retry_after is None or retry_after.isdecimal():
+        return None if retry_after is None else float(retry_after)
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return None
 
 
 def _given(params: Mapping[str, Any]) -> dict[str, Any]:

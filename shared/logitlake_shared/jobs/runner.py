@@ -7,7 +7,7 @@ from typing import Protocol
 
 from logitlake_shared.jobs.records import Job
 
-__all__ = ["CommandOf", "Look", "Runner"]
+__all__ = ["CommandOf", "Look", "Runner", "RunnerOf"]
 
 CommandOf = Callable[[Job, Path], Sequence[str]]
 """of a job and the file of its configuration: `module:name` of a click command, and its arguments"""
@@ -42,3 +42,7 @@ class Runner(Protocol):
     def log_tail(self, job: Job, number: int, num_bytes: int) -> bytes:
         """The last bytes of its log."""
         ...
+
+
+RunnerOf = Callable[[Job], Runner]
+"""where the attempts of a job run; always the same for one job"""

@@ -16,7 +16,7 @@ from logitlake_shared.errors import ConfigError, JobStateError, LogitLakeError
 from logitlake_shared.jobs.orders import given_up
 from logitlake_shared.jobs.progress import parse_lines
 from logitlake_shared.jobs.records import Attempt, Counts, Job, JobFault, JobState, Outcome, Wish
-from logitlake_shared.jobs.runner import Runner
+from logitlake_shared.jobs.runner import RunnerOf
 from logitlake_shared.jobs.settings import JobsSettings
 from logitlake_shared.jobs.states import ACTIVE, NEXT
 from logitlake_shared.jobs.store import JobStore
@@ -45,8 +45,8 @@ _LATE_S = 60.0
 class Supervisor:
     """Looks after the jobs of a store until it is closed; a context manager."""
 
-    def __init__(self, store: JobStore, runner: Runner, settings: JobsSettings) -> None:
-        self._store, self._runner, self._settings = store, runner, settings
+    def __init__(self, store: JobStore, runner_of: RunnerOf, settings: JobsSettings) -> None:
+        self._store, self._runner_of, self._settings = store, runner_of, settings
         self._wake = threading.Event()
         self._closing = False
         self._looked = time.monotonic()
@@ -141,14 +141,14 @@ class Supervisor:
         attempt = job.attempts[-1]
         _log.info("attempt %d begins", attempt.number, extra={"job_id": job.id})
         try:
-            self._runner.start(job, attempt.number)
+            self._runner_of(job).start(job, attempt.number)
         except (LogitLakeError, OSError) as error:
             self._end_early(job, attempt, None, f"it could not be started: {error}")
 
     def _look(self, job: Job) -> None:
         attempt = job.attempts[-1]
         while True:
-            look = self._runner.look(job, attempt.number, attempt.log_offset)
+            look = self._runner_of(job).look(job, attempt.number, attempt.log_offset)
             offset = self._hear(job, attempt, look.log)
             read_all = offset == attempt.log_offset
             attempt = attempt.model_copy(update={"log_offset": offset})
@@ -193,9 +193,9 @@ class Supervisor:
             return
         is_late = attempt.asked_to_end is not None and now - attempt.asked_to_end > self._settings.stop_s
         if job.wish == "cancel_now" or is_late:
-            self._runner.stop(job, attempt.number, now=True)
+            self._runner_of(job).stop(job, attempt.number, now=True)
         elif attempt.asked_to_end is None:
-            self._runner.stop(job, attempt.number, now=False)
+            self._runner_of(job).stop(job, attempt.number, now=False)
             self._store.change_attempt(job.id, attempt.number, asked_to_end=now)
 
     def _end(self, job: Job, attempt: Attempt, exit_code: int | None) -> None:

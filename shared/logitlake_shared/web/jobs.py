@@ -24,7 +24,7 @@ from logitlake_shared.config_paths import absolute
 from logitlake_shared.jobs import orders
 from logitlake_shared.jobs.progress import MARK
 from logitlake_shared.jobs.records import Event, Job, JobFault, JobState, NewJob
-from logitlake_shared.jobs.runner import Runner
+from logitlake_shared.jobs.runner import RunnerOf
 from logitlake_shared.jobs.settings import JobsSettings
 from logitlake_shared.jobs.states import ENDED
 from logitlake_shared.jobs.store import JobStore
@@ -37,7 +37,21 @@ from logitlake_shared.web.limits import becomes_stream
 from logitlake_shared.web.problems import Problem, scrubbed
 from logitlake_shared.web.tokens import without_tokens
 
-__all__ = ["Events", "JobOf", "Jobs", "Resolve", "Submission", "job_routes", "jobs_of", "jobs_page", "shown", "submit"]
+__all__ = [
+    "Events",
+    "JobOf",
+    "Jobs",
+    "Resolve",
+    "Submission",
+    "job_routes",
+    "jobs_of",
+    "jobs_page",
+    "log_of",
+    "new_job",
+    "shown",
+    "submit",
+    "wait_for_end",
+]
 
 _HEARTBEAT_S = 15.0
 _RETRY_MS = 2000
@@ -111,10 +125,10 @@ Resolve = Callable[[Submission], NewJob]
 class Jobs:
     """The jobs of one service, in the folder of its settings. Raises `ConfigError` where that is no place for them."""
 
-    def __init__(self, settings: JobsSettings, runner: Runner, kinds: Mapping[str, Resolve]) -> None:
+    def __init__(self, settings: JobsSettings, runner_of: RunnerOf, kinds: Mapping[str, Resolve]) -> None:
         self.store = JobStore(settings.folder / "jobs.sqlite")
-        self.runner, self.kinds = runner, kinds
-        self.supervisor = Supervisor(self.store, runner, settings)
+        self.runner_of, self.kinds = runner_of, kinds
+        self.supervisor = Supervisor(self.store, runner_of, settings)
         self.supervisor.claim()
         self.feed = Feed(self.store)
 
@@ -233,7 +247,7 @@ def shown(job: Job) -> Job:
 
 def log_of(jobs: Jobs, job: Job, attempt: int, num_lines: int) -> str:
     """The last lines that an attempt wrote for people."""
-    written = jobs.runner.log_tail(job, attempt, _LOG_BYTES)
+    written = jobs.runner_of(job).log_tail(job, attempt, _LOG_BYTES)
     lines = [line for line in written.splitlines(keepends=True) if not line.startswith(MARK)]
     return without_tokens(b"".join(lines[-num_lines:]).decode(errors="replace"))
 

@@ -25,7 +25,7 @@ def student_app(config: StudentServeConfig) -> FastAPI:
     jobs = None
     if config.jobs is not None:
         runner = ProcessRunner(config.jobs.folder / "attempts", command_of)
-        jobs = Jobs(config.jobs, runner, kinds_of_jobs(config.runs, config.jobs))
+        jobs = Jobs(config.jobs, lambda _: runner, kinds_of_jobs(config.runs, config.jobs))
 
     def runs_are_there() -> str | None:
         return None if config.runs.is_dir() else "the folder of runs is gone"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from logitlake_schemas import layout
 from logitlake_shared.config import parse_config
-from logitlake_shared.config_paths import check_roots
+from logitlake_shared.config_paths import check_roots, is_below
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.jobs.records import Job, NewJob
 from logitlake_shared.web.jobs import Resolve, Submission, new_job
@@ -41,6 +41,6 @@ def _resolve(runs: Path, settings: StudentJobsSettings, submission: Submission) 
     lake = config.data.lake
     if "://" not in lake:
         check_roots(config.data, settings.data_roots, "data")
-    elif not any(f"{lake}/".startswith(f"{allowed.rstrip('/')}/") for allowed in settings.allow_lakes):
+    elif not is_below(lake, settings.allow_lakes):
         raise ConfigError(f"`data.lake`: {lake!r} is not a lake that jobs may use (jobs.allow_lakes); ask the operator")
     return new_job(submission, config, run, settings)

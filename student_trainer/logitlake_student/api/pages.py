@@ -36,7 +36,11 @@ def _page(request: Request, template: str, **values: Any) -> HTMLResponse:
 def _overview(request: Request, asking: Asking) -> HTMLResponse:
     asking.require("read")
     folder = runs_of(request)
-    runs = [run_document(request, asking, folder / name) for name in find_runs(folder) if asking.sees(name)]
+    runs = [
+        run_document(request, asking, folder / name, read_stages(folder / name))
+        for name in find_runs(folder)
+        if asking.sees(name)
+    ]
     return _page(request, "runs", runs=runs, problems=service_of(request).problems())
 
 
@@ -46,7 +50,7 @@ def _one_run(request: Request, asking: Asking, run: RunOf, live: bool = False) -
     return _page(
         request,
         "run_live" if live else "run",
-        run=run_document(request, asking, run),
+        run=run_document(request, asking, run, stages),
         saved=[saved for stage in stages for saved in stage.saved()],
         training=list(training_charts(curves)),
         experts=expert_charts(curves),

@@ -1,5 +1,6 @@
 """Runs, their stages, metrics and checkpoints, as their folders say it, while they go on and afterwards."""
 
+from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
@@ -99,13 +100,13 @@ def _list_runs(request: Request, asking: Asking, limit: Limit = 50, cursor: Curs
     asking.require("read")
     names = [(name, name) for name in find_runs(runs_of(request)) if asking.sees(name)]
     page = page_of(names, "runs", limit, cursor)
-    runs = [run_document(request, asking, runs_of(request) / name) for name in page.data]
+    runs = [_one_run(request, asking, runs_of(request) / name) for name in page.data]
     return Page(data=runs, next_cursor=page.next_cursor, has_more=page.has_more)
 
 
 def _one_run(request: Request, asking: Asking, run: RunOf) -> RunDocument:
     """One run as it is now."""
-    return run_document(request, asking, run)
+    return run_document(request, asking, run, read_stages(run))
 
 
 def _metrics(
@@ -118,7 +119,7 @@ def _metrics(
     shown = []
     for files in read_stages(run):
         if stage in (None, files.name):
-            lines = [line for line in files.metrics() if line["step"] > after_step]
+            lines = [line for line in files.metrics if line["step"] > after_step]
             shown.append(Metrics(stage=files.name, data=thinned(lines, points), total=len(lines)))
     return shown
 
@@ -128,20 +129,20 @@ def _checkpoints(run: RunOf) -> list[CheckpointDocument]:
     return [CheckpointDocument.model_validate(saved) for files in read_stages(run) for saved in files.saved()]
 
 
-def run_document(request: Request, asking: Principal, run: FilePath) -> RunDocument:
-    """A run as it is now."""
+def run_document(request: Request, asking: Principal, run: FilePath, stages: Sequence[StageFiles]) -> RunDocument:
+    """A run as its stages say it."""
     jobs = request.app.state.jobs
     newest = [] if jobs is None else jobs.store.page(1, asking.sees, subject=run.name)
     return RunDocument(
         name=run.name,
-        stages=[_stage(files) for files in read_stages(run)],
+        stages=[_stage(files) for files in stages],
         snapshots=snapshots_of(run),
         job=newest[0].id if newest else None,
     )
 
 
 def _stage(files: StageFiles) -> StageDocument:
-    metrics = files.metrics()
+    metrics = files.metrics
     latest = {name: value for name, value in metrics[-1].items() if name != "experts"} if metrics else {}
     return StageDocument(
         name=files.name,

@@ -19,6 +19,7 @@ from logitlake_teacher.api.jobs import command_of, kinds_of_jobs, plan_routes
 from logitlake_teacher.api.pages import page_routes
 from logitlake_teacher.api.queries import LongQueries, query_routes
 from logitlake_teacher.api.sql import SqlQuestions, sql_routes
+from logitlake_teacher.config import CONFIGS
 from logitlake_teacher.config.serve import ServeConfig, TeacherJobsSettings
 from logitlake_teacher.ray_runner import RayRunner
 
@@ -63,7 +64,7 @@ def teacher_app(config: ServeConfig) -> FastAPI:
 
 
 def _jobs(lake_uri: str, settings: TeacherJobsSettings) -> Jobs:
-    folder = settings.folder / "attempts"
-    address = settings.ray_address
-    runner: Runner = ProcessRunner(folder, command_of) if address is None else RayRunner(address, folder, command_of)
-    return Jobs(settings, runner, kinds_of_jobs(lake_uri, settings))
+    here: Runner = ProcessRunner(settings.folder / "attempts", command_of)
+    captures = here if settings.ray_address is None else RayRunner(settings.ray_address)
+    # Plans read and capture nothing: they need no cluster.
+    return Jobs(settings, lambda job: captures if job.kind in CONFIGS else here, kinds_of_jobs(lake_uri, settings))

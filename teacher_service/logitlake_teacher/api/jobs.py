@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from logitlake_schemas import layout
 from logitlake_shared.config import parse_config
-from logitlake_shared.config_paths import check_roots
+from logitlake_shared.config_paths import check_roots, is_below
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.jobs.records import Job, NewJob
 from logitlake_shared.jobs.states import ENDED
@@ -23,17 +23,15 @@ from logitlake_shared.web.doors import Asking
 from logitlake_shared.web.jobs import Resolve, Submission, jobs_of, new_job, shown, submit, wait_for_end
 from logitlake_shared.web.limits import becomes_stream
 from logitlake_shared.web.problems import Problem
-from logitlake_teacher.config import CaptureConfig, PairsConfig
+from logitlake_teacher.config import CONFIGS, CaptureConfig, PairsConfig
 from logitlake_teacher.config.serve import TeacherJobsSettings
 
 __all__ = ["command_of", "kinds_of_jobs", "plan_routes"]
 
-_CONFIGS: dict[str, type[CaptureConfig] | type[PairsConfig]] = {"capture": CaptureConfig, "pairs": PairsConfig}
-
 
 def kinds_of_jobs(lake_uri: str, settings: TeacherJobsSettings) -> Mapping[str, Resolve]:
     """What a submission of each kind becomes."""
-    return {kind: partial(_resolve, lake_uri, settings) for kind in _CONFIGS}
+    return {kind: partial(_resolve, lake_uri, settings) for kind in CONFIGS}
 
 
 def command_of(job: Job, config: Path) -> Sequence[str]:
@@ -59,8 +57,8 @@ def plan_routes(lake_uri: str, settings: TeacherJobsSettings) -> APIRouter:
         ended, 202 where it goes on: look again at `Location`.
         """
         becomes_stream(request)
-        if submission.kind not in _CONFIGS:
-            raise Problem("invalid_request", f"body.kind: expected one of {', '.join(_CONFIGS)}")
+        if submission.kind not in CONFIGS:
+            raise Problem("invalid_request", f"body.kind: expected one of {', '.join(CONFIGS)}")
         job, _ = submit(jobs_of(request), asking, submission, lambda said: _as_plan(resolve(said)))
         response.headers["Location"] = f"/v1/jobs/{job.id}"
         job = await wait_for_end(jobs_of(request), job, wait)
@@ -85,7 +83,7 @@ def _resolve(lake_uri: str, settings: TeacherJobsSettings, submission: Submissio
     if not _is_same_lake(str(lake.get("uri", lake_uri)), lake_uri):
         raise ConfigError("config: `lake.uri` is another lake than the one that is served; leave it out")
     document["lake"] = lake | {"uri": lake_uri}
-    config = parse_config(_CONFIGS[submission.kind], document, "config")
+    config = parse_config(CONFIGS[submission.kind], document, "config")
     _check_bounds(config, settings)
     if "folder" not in document.get("plan", {}):
         plans = config.plan.model_copy(update={"folder": settings.folder / "plans"})
@@ -113,5 +111,5 @@ def _check_bounds(config: CaptureConfig | PairsConfig, settings: TeacherJobsSett
             raise ConfigError(f"`images.allow_hosts`: {host!r} is not a host that jobs may use (jobs.allow_hosts)")
     roots = [root for source in config.data if "://" in (root := str(getattr(source, "image_root", "")))]
     for store in (*config.images.allow_stores, *roots):
-        if not any(f"{store}/".startswith(f"{allowed.rstrip('/')}/") for allowed in settings.allow_stores):
+        if not is_below(store, settings.allow_stores):
             raise ConfigError(f"`images.allow_stores`: {store!r} is not a store that jobs may use (jobs.allow_stores)")

@@ -23,7 +23,7 @@ from logitlake_shared.sql_service import SqlRequest
 from logitlake_shared.sql_service.formats import FORMATS, encode
 from logitlake_shared.web.doors import Asking, Principal
 from logitlake_shared.web.problems import Problem, problem_of, scrubbed
-from logitlake_teacher.api.sql import Question, SqlQuestions, format_of, questions_of, request_of
+from logitlake_teacher.api.sql import Question, SqlQuestions, format_of, headers_of, questions_of, request_of
 
 __all__ = ["LongQueries", "QueryDocument", "query_routes"]
 
@@ -57,6 +57,7 @@ class _Query:
     """One question; its answer is what `formats.encode` takes."""
 
     request: SqlRequest
+    csv_safe: bool
     principal: str
     path: FilePath
     state: Literal["running", "succeeded", "failed", "cancelled"] = "running"
@@ -66,7 +67,6 @@ class _Query:
     truncated: str = ""
     milliseconds: float = 0.0
     problem: Problem | None = None
-
     schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
     query_id: str = field(init=False)
 
@@ -116,7 +116,7 @@ class LongQueries:
                     self._questions.pool.cancel(query_id)
                 self._threads.shutdown(cancel_futures=True)
 
-    def ask(self, principal: Principal, request: SqlRequest) -> QueryDocument:
+    def ask(self, principal: Principal, request: SqlRequest, *, csv_safe: bool) -> QueryDocument:
         """Begins a question. Raises `QueryBusyError` where too many wait."""
         limits = self._questions.pool.limits
         if sum(query.state == "running" for query in self._queries.values()) >= limits.num_running + limits.num_waiting:
@@ -124,7 +124,7 @@ class LongQueries:
         ended = [query for query in self._queries.values() if query.state != "running"]
         for query in ended[: max(0, len(ended) - _KEPT + 1)]:
             self._drop(query)
-        query = _Query(request, principal.id, self._folder / f"{request.query_id}.arrow")
+        query = _Query(request, csv_safe, principal.id, self._folder / f"{request.query_id}.arrow")
         self._queries[request.query_id] = query
         self._threads.submit(self._run, principal, query)
         return query.document()
@@ -153,10 +153,12 @@ class LongQueries:
                         writer.write_batch(batch)
                         query.rows = result.rows
             query.truncated, query.milliseconds = result.truncated, result.milliseconds
-            query.state = "succeeded"
+            if query.state == "running":
+                query.state = "succeeded"
         except Exception as error:
             query.problem = problem_of(error)
-            query.state = "cancelled" if isinstance(error, QueryCancelledError) else "failed"
+            if query.state == "running":
+                query.state = "cancelled" if isinstance(error, QueryCancelledError) else "failed"
             if not isinstance(error, LogitLakeError):
                 raise
 
@@ -196,7 +198,7 @@ def _ask_long(request: Request, response: Response, asking: Asking, question: Qu
     timeout_ms = question.timeout_ms or round(1000 * limits.max_timeout_s)
     asked = request_of(request, asking, question.model_copy(update={"timeout_ms": timeout_ms}))
     asked.resolved(limits).to_bytes()  # what cannot be asked is refused now
-    document = _queries(request).ask(asking, asked)
+    document = _queries(request).ask(asking, asked, csv_safe=question.csv_safe)
     response.headers["Location"] = f"/v1/queries/{document.id}"
     return document
 
@@ -216,12 +218,8 @@ def _result(
         raise query.problem
     if query.state != "succeeded":
         raise Problem("conflict", f"question {query_id} is {query.state}: there is no answer yet")
-    snapshot = ",".join(f"{cache}={number}" for cache, number in sorted(query.snapshot.items()))
-    return StreamingResponse(
-        encode(query, name),
-        media_type=FORMATS[name].media_type,
-        headers={"X-Query-Id": query_id, "X-Snapshot": snapshot},
-    )
+    pieces = encode(query, name, csv_safe=query.csv_safe)
+    return StreamingResponse(pieces, media_type=FORMATS[name].media_type, headers=headers_of(query))
 
 
 def _end(request: Request, asking: Asking, query_id: QueryId) -> Response:

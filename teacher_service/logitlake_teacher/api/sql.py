@@ -24,14 +24,23 @@ from logitlake_schemas import COLUMNS
 from logitlake_shared.errors import LogitLakeError
 from logitlake_shared.lake import Lake
 from logitlake_shared.sql_service import SqlPool, SqlRequest, SqlResult
-from logitlake_shared.sql_service.formats import FORMATS, encode
+from logitlake_shared.sql_service.formats import FORMATS, Answer, encode
 from logitlake_shared.sql_service.grammar import RELATIONS
 from logitlake_shared.web.doors import Asking, Principal
 from logitlake_shared.web.problems import Problem, problem_of
 from logitlake_shared.web.traces import span
 from logitlake_teacher.api.documents import ColumnDocument, ViewDocument
 
-__all__ = ["Question", "SqlQuestions", "caches_asked", "format_of", "questions_of", "request_of", "sql_routes"]
+__all__ = [
+    "Question",
+    "SqlQuestions",
+    "caches_asked",
+    "format_of",
+    "headers_of",
+    "questions_of",
+    "request_of",
+    "sql_routes",
+]
 
 _log = logging.getLogger("logitlake.sql")
 
@@ -167,12 +176,17 @@ def _ask(
     asked = request_of(request, asking, question)
     questions = questions_of(request)
     result = questions.begin(asking, asked)
-    snapshot = ",".join(f"{cache}={number}" for cache, number in sorted(result.snapshot.items()))
     return StreamingResponse(
         _streamed(questions, asking, asked, result, encode(result, name, csv_safe=question.csv_safe)),
         media_type=FORMATS[name].media_type,
-        headers={"X-Query-Id": asked.query_id, "X-Snapshot": snapshot},
+        headers=headers_of(result),
     )
+
+
+def headers_of(answer: Answer) -> dict[str, str]:
+    """What the headers say of an answer."""
+    snapshot = ",".join(f"{cache}={number}" for cache, number in sorted(answer.snapshot.items()))
+    return {"X-Query-Id": answer.query_id, "X-Snapshot": snapshot}
 
 
 async def _streamed(

@@ -12,7 +12,7 @@ from logitlake_teacher.config.engines import EngineConfig, FakeEngineConfig, HfE
 from logitlake_teacher.config.estimate import EstimateConfig
 from logitlake_teacher.config.executors import ExecutorConfig, InlineExecutorConfig, RayExecutorConfig
 from logitlake_teacher.config.images import ImagesConfig
-from logitlake_teacher.config.jobs import CaptureConfig, LakeConfig, PairsConfig, PlanConfig, TeacherConfig
+from logitlake_teacher.config.jobs import CONFIGS, CaptureConfig, LakeConfig, PairsConfig, PlanConfig, TeacherConfig
 from logitlake_teacher.config.pairs import (
     GivenPairs,
     GoldRanking,
@@ -35,6 +35,7 @@ from logitlake_teacher.config.sources import (
 )
 
 __all__ = [
+    "CONFIGS",
     "CaptureConfig",
     "ConversationSource",
     "EngineConfig",

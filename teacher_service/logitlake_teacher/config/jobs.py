@@ -18,7 +18,7 @@ from logitlake_teacher.config.images import ImagesConfig
 from logitlake_teacher.config.pairs import GivenPairs, PairsOptions
 from logitlake_teacher.config.sources import ConversationSource, RlaifVSource, TextSource, TokensSource
 
-__all__ = ["CaptureConfig", "LakeConfig", "PairsConfig", "PlanConfig", "TeacherConfig"]
+__all__ = ["CONFIGS", "CaptureConfig", "LakeConfig", "PairsConfig", "PlanConfig", "TeacherConfig"]
 
 
 class TeacherConfig(StrictModel):
@@ -153,3 +153,7 @@ class PairsConfig(_JobConfig):
                 f"{', '.join(strangers)}; set pairs.type={'made' if given else 'given'}, or name other data"
             )
         return self
+
+
+CONFIGS: dict[str, type[CaptureConfig] | type[PairsConfig]] = {"capture": CaptureConfig, "pairs": PairsConfig}
+"""of the commands that write into a lake"""

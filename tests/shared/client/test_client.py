@@ -112,6 +112,43 @@ def test_a_stream_without_its_end_is_an_error() -> None:
                 client.sql("SELECT 1").arrow()
 
 
+def test_an_answer_is_read_once_and_leaving_it_ends_the_question(client: logitlake.Client) -> None:
+    """A second reading is refused in so many words; a loop that is left, without `with`, leaves no question behind."""
+    answer = client.sql("SELECT 1 AS n")
+    assert answer.rows() == [{"n": 1}]
+    with pytest.raises(ServiceError, match="was read") as caught:
+        answer.arrow()
+    assert caught.value.code == "answered"
+    left = client.sql("SELECT range AS n, repeat('x', 100) AS s FROM range(900000)", max_rows=900_000, max_bytes=2**27)
+    for _ in left:
+        break
+    with pytest.raises(ServiceError, match="closed"):
+        left.rows()
+
+
+def test_fewer_rows_than_the_end_says_are_no_answer() -> None:
+    """A batch that somebody took out on the way."""
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    schema = pa.schema([("n", pa.int64())], {"logitlake.query_id": "q", "logitlake.snapshot": "{}"})
+    end = {"logitlake.num_rows": "2", "logitlake.truncated": "", "logitlake.milliseconds": "1"}
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.record_batch([pa.array([1])], schema=schema))
+        writer.write_batch(pa.record_batch([pa.array([], pa.int64())], schema=schema), custom_metadata=end)
+
+    def answer(request: Request) -> Response:
+        return Response(sink.getvalue().to_pybytes())
+
+    app = Starlette(routes=[Route("/v1/sql", answer, methods=["POST"])])
+    with (
+        served(app) as url,
+        logitlake.Client(url, patience_s=1) as client,
+        pytest.raises(ServiceError, match="1 rows of 2"),
+    ):
+        client.sql("SELECT 1").arrow()
+
+
 # ---- the rest of the API ----
 
 
@@ -202,6 +239,85 @@ def test_a_busy_service_is_asked_again_for_a_while(monkeypatch: pytest.MonkeyPat
             client.jobs.pause("job_1")
         assert caught.value.code == "upstream_failed"
         assert asked[3:] == ["POST"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Response("<h1>Welcome</h1>", 200, media_type="text/html"),
+        Response("", 307, {"Location": "http://127.0.0.1:9/elsewhere"}),
+        Response("<h1>Bad gateway</h1>", 418, media_type="text/html"),
+        JSONResponse(["not", "a", "problem"], 400),
+    ],
+    ids=["a page", "a redirect", "a page of an error", "another error"],
+)
+def test_what_is_no_answer_of_a_service_is_an_error_of_the_tree(answer: Response) -> None:
+    """A proxy, or another program: said, not followed, and no token goes anywhere else."""
+    app = Starlette(routes=[Route("/{path:path}", lambda _: answer, methods=["GET", "POST"])])
+    with served(app) as url, logitlake.Client(url, patience_s=1) as client:
+        with pytest.raises(ServiceError, match="no answer of a LogitLake service"):
+            client.cache("main")
+        with pytest.raises(ServiceError):
+            client.sql("SELECT 1").arrow()
+
+
+def test_a_question_to_a_busy_service_is_asked_again() -> None:
+    """A date is a `Retry-After`, too; what is none is as if it were not there."""
+    waits = ["Thu, 01 Jan 2026 00:00:00 GMT", "soon", "0"]
+    asked: list[str] = []
+
+    def answer(request: Request) -> Response:
+        asked.append(request.url.path)
+        if len(asked) <= len(waits):
+            problem = {"title": "busy", "detail": "d", "hint": "h", "code": "too_many_requests", "retryable": True}
+            return JSONResponse(problem, 429, {"Retry-After": waits[len(asked) - 1]})
+        return JSONResponse({"title": "t", "detail": "d", "hint": "h", "code": "query_refused"}, 422)
+
+    app = Starlette(routes=[Route("/{path:path}", answer, methods=["POST"])])
+    with served(app) as url, logitlake.Client(url, patience_s=5) as busy, pytest.raises(ServiceError) as caught:
+        busy.sql("SELECT 1").arrow()
+    assert caught.value.code == "query_refused"
+    assert len(asked) == len(waits) + 1
+
+
+def test_a_list_that_does_not_go_on_is_an_error() -> None:
+    """And not read for ever."""
+
+    def answer(request: Request) -> Response:
+        return JSONResponse({"data": [{}], "next_cursor": "same", "has_more": True})
+
+    app = Starlette(routes=[Route("/{path:path}", answer)])
+    with served(app) as url, logitlake.Client(url) as client, pytest.raises(ServiceError, match="does not go on"):
+        list(client.caches())
+
+
+def test_no_proxy_of_the_environment_is_asked_for_this_machine(
+    teacher: Callable[..., tuple[Any, str]], tokens: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for documents nor for the lake's files: it would see the token."""
+    text, _ = tokens.create("ada", "read")
+    url = teacher()[1]
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        proxy.listen()
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        with logitlake.Client(url, text, patience_s=1, timeout_s=10) as client:
+            assert client.cache("main")["name"] == "main"
+            assert "main" in client.lake().cache_names()
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+
+
+def test_an_empty_token_is_none(
+    teacher: Callable[..., tuple[Any, str]], tokens: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of the environment."""
+    monkeypatch.setenv("LOGITLAKE_TOKEN", tokens.create("ada", "read")[0])
+    with logitlake.Client(teacher()[1], "") as client, pytest.raises(ServiceError) as caught:
+        client.cache("main")
+    assert caught.value.code == "unauthenticated"
 
 
 def test_nobody_there_is_said_within_the_patience() -> None:

@@ -34,7 +34,7 @@ class Workshop:
         """As if the service's process were another: nothing is kept but what lies in the folder."""
         self.store = JobStore(self.settings.folder / "jobs.sqlite")
         self.runner = ProcessRunner(self.settings.folder / "attempts", command_of)
-        self.supervisor = Supervisor(self.store, self.runner, self.settings)
+        self.supervisor = Supervisor(self.store, lambda _: self.runner, self.settings)
 
     def submit(self, **work: Any) -> Job:
         """A job of this work."""

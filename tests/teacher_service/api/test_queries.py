@@ -53,6 +53,17 @@ def test_an_answer_is_read_later_as_often_as_one_likes_in_any_format(client: htt
     assert client.get(f"/v1/queries/{query_id}").status_code == 404
 
 
+def test_what_was_asked_of_csv_holds_when_it_is_read(client: httpx.Client) -> None:
+    """Text that a spreadsheet would take for a formula is kept from it."""
+    body = {"sql": "SELECT '=1+1' AS t", "csv_safe": True}
+    query_id = client.post("/v1/queries", json=body).json()["id"]
+    until_ended(client, query_id)
+    csv = {"Accept": "text/csv"}
+    later = client.get(f"/v1/queries/{query_id}/result", headers=csv).text
+    assert later == client.post("/v1/sql", json=body, headers=csv).text
+    assert later != client.post("/v1/sql", json=body | {"csv_safe": False}, headers=csv).text
+
+
 def test_a_question_that_fails_or_is_ended_says_so(client: httpx.Client) -> None:
     """Refused at once where that is known; else with its code, where the answer would be."""
     assert client.post("/v1/queries", json={"sql": "SELECT 1", "max_rows": 10**9}).json()["code"] == "query_failed"
@@ -63,6 +74,9 @@ def test_a_question_that_fails_or_is_ended_says_so(client: httpx.Client) -> None
     assert client.get(f"/v1/queries/{endless}/result").json()["code"] == "conflict"
     assert client.delete(f"/v1/queries/{endless}").status_code == 204
     assert until_ended(client, endless)["state"] == "cancelled"
+    halfway = "SELECT CASE WHEN range < 100000 THEN '1' ELSE 'broken' END::INT AS n FROM range(200000)"
+    broken = client.post("/v1/queries", json={"sql": halfway, "max_rows": 200_000}).json()["id"]
+    assert until_ended(client, broken)["code"] == "query_failed"
     late = client.post("/v1/queries", json={"sql": ENDLESS, "timeout_ms": 300}).json()["id"]
     assert until_ended(client, late)["code"] == "timeout"
 
