@@ -129,6 +129,12 @@ def sql(
 )
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Choices shown for each token.")
 @click.option("--save-images", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Keep its images.")
+@click.option(
+    "--scores",
+    type=_FILE,
+    metavar="FILE",
+    help="See a student beside the teacher: what `logitlake-student score` wrote.",
+)
 @_TABLE_OR_JSON
 def inspect(
     lake: str,
@@ -137,6 +143,7 @@ def inspect(
     tokenizer: Path | None,
     top: int,
     save_images: Path | None,
+    scores: Path | None,
     output: str,
 ) -> None:
     """Show one SAMPLE, or one pair: what was asked, what was answered, what the teacher thought of every token.
@@ -148,13 +155,15 @@ def inspect(
 
     from logitlake_shared.cli_output import to_json
     from logitlake_shared.lake import Lake
+    from logitlake_shared.student_scores import scores_of
     from logitlake_shared.tools.inspect_sample import find_sample, view_sample
     from logitlake_shared.tools.inspect_text import print_sample
     from logitlake_shared.tools.token_text import find_token_text
 
     place = find_sample(Lake.open(lake), sample, cache)
     decode, note = find_token_text(place.cache.spec, tokenizer)
-    view = view_sample(place, decode, note, top=top, save_to=save_images)
+    student = None if scores is None else scores_of(scores, place.cache, sample)
+    view = view_sample(place, decode, note, top=top, save_to=save_images, student=student)
     if output == "json":
         click.echo(to_json(asdict(view), indent=2))
     else:

@@ -13,7 +13,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["create_file", "publish_folder", "remove_staged", "replace_file", "sync"]
+__all__ = ["create_file", "make_folder", "publish_folder", "remove_staged", "replace_file", "sync"]
 
 
 def create_file(path: Path, data: bytes) -> bool:
@@ -56,7 +56,7 @@ def remove_staged(folder: Path) -> None:
 
 
 def _stage(path: Path, data: bytes) -> Path:
-    _make_folder(path.parent)
+    make_folder(path.parent)
     staged = path.with_name(f"{path.name}#{secrets.randbits(48)}")
     try:
         with staged.open("xb") as out:
@@ -70,11 +70,11 @@ def _stage(path: Path, data: bytes) -> Path:
     return staged
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Makes the folder and those above it, each entered durably in the one above."""
     if folder.is_dir():
         return
-    _make_folder(folder.parent)
+    make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     sync(folder.parent)
 

@@ -23,6 +23,7 @@ __all__ = [
     "IMAGE_COLUMNS",
     "PAIR_COLUMNS",
     "SAMPLE_COLUMNS",
+    "SCORE_COLUMNS",
     "TAIL_COLUMNS",
     "Column",
     "Encoding",
@@ -207,6 +208,25 @@ IMAGE_COLUMNS: tuple[Column, ...] = (
     Column("height", pa.int32(), "row", "pixels"),
     Column("data", pa.binary(), "row", "the encoded image, byte for byte as it was read", encoding="plain"),
 )
+
+SCORE_COLUMNS: tuple[Column, ...] = (
+    Column("sample_id", pa.string(), "row", "of the sample in the cache", encoding="plain"),
+    Column("task", pa.string(), "row", "the sample's"),
+    Column("label_logprob", _list(pa.float32()), "token", "student logprob of the response token", encoding="split"),
+    Column("label_rank", _list(pa.int32()), "token", "rank of the response token, 1 = the student's first choice"),
+    Column("entropy", _list(pa.float32()), "token", "of the student over its whole vocabulary, nats", encoding="split"),
+    Column(
+        "forward_kl",
+        _list(pa.float32()),
+        "token",
+        "KL(teacher‖student) over the cached entries and the tail as one class, nats",
+        encoding="split",
+    ),
+    Column("k", _list(pa.uint16()), "token", "number of entries of the token, the same for all"),
+    Column("topk_ids", _list(pa.int32()), "topk", "token ids by falling student probability", encoding="split"),
+    Column("topk_logprobs", _list(pa.float32()), "topk", "natural student logprobs at T=1", encoding="split"),
+)
+"""What a student makes of the samples of a cache: a file of its own beside a run, no shard of the lake."""
 
 COLUMNS: dict[ShardKind, tuple[Column, ...]] = {
     "samples": SAMPLE_COLUMNS,

@@ -40,6 +40,7 @@ __all__ = [
     "Record",
     "SampledPolicy",
     "ScoreMode",
+    "ScoresRecord",
     "ShardEntry",
     "ShardKind",
     "Snapshot",
@@ -333,3 +334,22 @@ class Snapshot(Record):
     spec_fingerprint: str
     commits: tuple[CommitRecord, ...]
     """sorted by unit"""
+
+
+class ScoresRecord(Record):
+    """The footer of a file of scores: which student they are of, and of which samples."""
+
+    format_version: int = FORMAT_VERSION
+    student: str
+    """for people: `<run>/<stage>`"""
+    model_sha256: str
+    """digest of the checkpoint"""
+    dtype: str
+    """of its weights while it was asked"""
+    cache: str
+    spec_fingerprint: str
+    snapshot: int = Field(gt=0)
+    split: str | None
+    """of the samples; none: all of them"""
+    top: int = Field(gt=0)
+    """entries a token"""

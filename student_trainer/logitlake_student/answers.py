@@ -7,7 +7,7 @@ followed while it is written, and drawn instead of greedy (`stream_answer`). The
 and the loss that train the student, so it is the same quantity as the training curve's `forward_kl`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from logitlake_shared.data_formats import ImageRef, Messages
 from logitlake_shared.errors import ConfigError, DataError
 from logitlake_shared.reader import LakeDataset
 from logitlake_shared.rendering import Renderer
-from logitlake_student.data import SampleCollator, StudentInputs, check_student_fits
+from logitlake_shared.rows import LakeSample
+from logitlake_student.data import Batch, SampleCollator, StudentInputs, check_student_fits
 from logitlake_student.losses.balance import ExpertCounts, count_experts
 from logitlake_student.losses.distillation import TeacherBatch, distillation_loss
 from logitlake_student.model_inputs import Expanded, ModelInputs
@@ -34,6 +35,7 @@ __all__ = [
     "HeldOut",
     "Prompt",
     "Streamed",
+    "forced_batches",
     "greedy_answers",
     "held_out",
     "kl_to_teacher",
@@ -196,21 +198,10 @@ def kl_to_teacher(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, 
 @torch.inference_mode()
 def held_out(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, advance: Advance) -> HeldOut:
     """Goes through the rows once. Raises `FingerprintMismatchError` when checkpoint and lake do not belong together."""
-    check_student_fits(dataset.spec, dataset, examinee.renderer)
-    inputs = StudentInputs(examinee.model_inputs, pad_id=examinee.renderer.pad_id)
-    collate = SampleCollator(inputs, dataset.spec.codec)
     weight_VH = examinee.model.lm_head.weight[: examinee.renderer.vocab_size]
     kl_sum, num_tokens = 0.0, 0
     counts: dict[str, ExpertCounts] = {}
-    for start in range(0, len(dataset), batch_size):
-        samples = [dataset[position] for position in range(start, min(start + batch_size, len(dataset)))]
-        batch = {name: tensor.to(examinee.model.device) for name, tensor in collate(samples).items()}
-        teacher = TeacherBatch(
-            topk_ids_RK=batch["topk_ids_RK"],
-            topk_logprobs_RK=batch["topk_logprobs_RK"],
-            log_tail_mass_R=batch["log_tail_mass_R"],
-            label_ids_R=batch["label_ids_R"],
-        )
+    for samples, batch, teacher in forced_batches(examinee, dataset, batch_size=batch_size):
         with RouterRecorder(examinee.model) as recorder:
             hidden_RH = hidden_response_rows(examinee.model, batch)
         _, sums = distillation_loss(
@@ -228,6 +219,28 @@ def held_out(examinee: Examinee, dataset: LakeDataset, *, batch_size: int, advan
         task: counted.assigned_LE / counted.assigned_LE.sum(dim=1, keepdim=True) for task, counted in counts.items()
     }
     return HeldOut(kl_sum / num_tokens, {task: shares[task].tolist() for task in sorted(shares)})
+
+
+def forced_batches(
+    examinee: Examinee, dataset: LakeDataset, *, batch_size: int
+) -> Iterator[tuple[list[LakeSample], Batch, TeacherBatch]]:
+    """The samples in the order of their ids, as batches on the model's device with the teacher's rows.
+
+    Raises `FingerprintMismatchError` when checkpoint and lake do not belong together, before the first.
+    """
+    check_student_fits(dataset.spec, dataset, examinee.renderer)
+    inputs = StudentInputs(examinee.model_inputs, pad_id=examinee.renderer.pad_id)
+    collate = SampleCollator(inputs, dataset.spec.codec)
+    for start in range(0, len(dataset), batch_size):
+        samples = [dataset[position] for position in range(start, min(start + batch_size, len(dataset)))]
+        batch = {name: tensor.to(examinee.model.device) for name, tensor in collate(samples).items()}
+        teacher = TeacherBatch(
+            topk_ids_RK=batch["topk_ids_RK"],
+            topk_logprobs_RK=batch["topk_logprobs_RK"],
+            log_tail_mass_R=batch["log_tail_mass_R"],
+            label_ids_R=batch["label_ids_R"],
+        )
+        yield samples, batch, teacher
 
 
 def _counts_by_task(

@@ -1,4 +1,4 @@
-"""`logitlake-student`: train, eval, export, report; chat, predict, pope, serve and jobs have files of their own.
+"""`logitlake-student`: train, eval, export, report; the other commands have files of their own.
 
 Each of the first four takes a TOML file and `section.key=value` overrides. A command can be killed at any time and run
 again: it goes on, or says that everything is done. Everything heavy is imported inside the commands.
@@ -16,6 +16,7 @@ from logitlake_shared.errors import ConfigError
 from logitlake_shared.jobs.progress import say
 from logitlake_shared.stopped import RunStopped
 from logitlake_student.answer_commands import chat, pope, predict
+from logitlake_student.score_command import score
 from logitlake_student.serve_cli import serve
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def report(config: "ReportConfig") -> None:
 cli.add_command(chat)
 cli.add_command(predict)
 cli.add_command(pope)
+cli.add_command(score)
 cli.add_command(serve)
 cli.add_command(service_jobs("train"))
 

@@ -13,11 +13,12 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 from tests.served import served
-from tests.shared.conftest import small_lake
+from tests.shared.conftest import made_scores, small_lake
 
 from logitlake_schemas import CaptureSpec, UnitError
 from logitlake_shared.lake import Lake
 from logitlake_shared.reader import PairDataset
+from logitlake_shared.student_scores import scores_path
 from logitlake_shared.web.sessions import COOKIE
 from logitlake_shared.web.tokens import TokenStore
 from logitlake_teacher.api.app import teacher_app
@@ -35,6 +36,8 @@ PATHS = {
     "answer": "/sql?sql=SELECT+*+FROM+tokens",
     "wrong": "/sql?sql=DROP+TABLE+tokens",
     "missing": "/caches/nope",
+    "student": "/caches/main/samples/sample-0010?student=demo%2Fd2s",
+    "health": "/health",
 }
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -58,7 +61,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
     with ExitStack() as stack:
 
         def start(lake: Path, **service: Any) -> str:
-            config = ServeConfig.model_validate({"lake": str(lake), "service": service, "sql": {"timeout_s": 60}})
+            sections = {"service": service, "sql": {"timeout_s": 60}, "runs": tmp_path / "runs"}
+            config = ServeConfig.model_validate({"lake": str(lake)} | sections)
             return stack.enter_context(served(teacher_app(config)))
 
         yield start
@@ -73,9 +77,10 @@ def is_whole(page: Page) -> None:
 
 @pytest.mark.parametrize(("width", "scheme"), [(320, "dark"), (1100, "light")])
 def test_every_page_is_whole_and_accessible(
-    new_page: NewPage, serve: Callable[..., str], small_lake: Path, width: int, scheme: str
+    new_page: NewPage, serve: Callable[..., str], small_lake: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
     """WCAG's rules as axe knows them: contrast, names, landmarks; from a telephone to a desk, by day and night."""
+    made_scores(small_lake, scores_path(tmp_path / "runs/demo/d2s", "main", None))
     url = serve(small_lake)
     pair = PairDataset(small_lake, "pairs").ids()[0]
     page = new_page(width, color_scheme=scheme)
@@ -100,11 +105,44 @@ def test_a_visitor_finds_a_token(new_page: NewPage, serve: Callable[..., str], s
     expect(page.locator("tr:target")).to_be_visible()
 
 
+def test_a_visitor_puts_a_student_beside_the_teacher(
+    new_page: NewPage, serve: Callable[..., str], small_lake: Path, tmp_path: Path
+) -> None:
+    """By a link; then the response is coloured twice, and each token has what both would have said."""
+    made_scores(small_lake, scores_path(tmp_path / "runs/demo/d2s", "main", None))
+    page = new_page()
+    page.goto(f"{serve(small_lake)}/caches/main/samples/sample-0010")
+    students = page.get_by_role("navigation", name="Student")
+    expect(page.locator(".said")).to_have_count(1)
+    students.get_by_role("link", name="demo/d2s").click()
+    expect(students.locator("[aria-current]")).to_have_text("demo/d2s")
+    expect(page.locator(".said")).to_have_count(2)
+    expect(page.get_by_role("columnheader", name="the student's")).to_be_visible()
+    expect(page.locator("td.choices code")).not_to_have_count(0)
+    students.get_by_role("link", name="nobody").click()
+    expect(page.locator(".said")).to_have_count(1)
+
+
+def test_the_page_of_health_says_what_is_wrong(new_page: NewPage, serve: Callable[..., str], small_lake: Path) -> None:
+    """Checks and figures; a lake that goes away is seen without reloading the page."""
+    page = new_page()
+    page.goto(f"{serve(small_lake)}/health")
+    expect(page.locator(".checks")).to_contain_text("ok lake")
+    page.reload()
+    page.get_by_role("row", name="logitlake_http_requests").locator("summary").click()
+    expect(page.get_by_text("method GET, route /health, status 200: 1")).to_be_visible()
+    manifest = small_lake / "lake.json"
+    manifest.rename(small_lake / "gone.json")
+    expect(page.locator(".checks .failed")).to_have_text("wrong", timeout=20_000)
+    expect(page.locator(".checks")).not_to_contain_text(str(small_lake))
+    is_whole(page)
+
+
 def test_the_keyboard_alone_asks_a_question(new_page: NewPage, serve: Callable[..., str], small_lake: Path) -> None:
     """Tab from the top: skip link, brand, pages, the text, the button."""
     page = new_page()
     page.goto(f"{serve(small_lake)}/sql")
-    for _ in range(5):
+    for _ in range(6):
         page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "sql"
     page.keyboard.type("SELECT 41 + 1 AS answer")

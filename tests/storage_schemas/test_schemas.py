@@ -13,6 +13,7 @@ from logitlake_schemas import (
     IMAGE_COLUMNS,
     PAIR_COLUMNS,
     SAMPLE_COLUMNS,
+    SCORE_COLUMNS,
     CaptureSpec,
     CodecPolicy,
     Column,
@@ -34,14 +35,19 @@ def test_columns_of_format_1_are_the_golden_ones() -> None:
     """
     declared = {
         kind: [[column.name, str(column.type), column.grain, column.nullable] for column in columns]
-        for kind, columns in (("samples", SAMPLE_COLUMNS), ("pairs", PAIR_COLUMNS), ("images", IMAGE_COLUMNS))
+        for kind, columns in (
+            ("samples", SAMPLE_COLUMNS),
+            ("pairs", PAIR_COLUMNS),
+            ("images", IMAGE_COLUMNS),
+            ("scores", SCORE_COLUMNS),
+        )
     }
     assert declared == json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 
 def test_no_list_element_is_nullable() -> None:
     """Lists hold values, never nulls: readers cut numpy arrays from their buffers."""
-    for columns in (SAMPLE_COLUMNS, PAIR_COLUMNS):
+    for columns in (SAMPLE_COLUMNS, PAIR_COLUMNS, SCORE_COLUMNS):
         for field in arrow_schema(columns):
             if pa.types.is_list(field.type):
                 assert not field.type.value_field.nullable, field.name
@@ -145,7 +151,7 @@ def test_exports_are_what_is_there() -> None:
     assert all(hasattr(logitlake_schemas, name) for name in logitlake_schemas.__all__)
 
 
-@pytest.mark.parametrize("columns", [SAMPLE_COLUMNS, PAIR_COLUMNS, IMAGE_COLUMNS])
+@pytest.mark.parametrize("columns", [SAMPLE_COLUMNS, PAIR_COLUMNS, IMAGE_COLUMNS, SCORE_COLUMNS])
 def test_the_documentation_lists_every_column(columns: tuple[Column, ...]) -> None:
     """docs/format.md says what each declared column is, in the declaration's own words."""
     text = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """One sample or pair as a person wants to see it: what was asked, what was answered, what the teacher thought.
 
-A pure record (`SampleView`), which the terminal prints and `--output json` writes. Token texts are there where the
+A pure record (`SampleView`), which the terminal prints and `--output json` writes; with a student's scores it says what
+the student thinks, too. Token texts are there where the
 teacher's tokenizer is (see `token_text`); everything else comes from the lake alone.
 """
 
@@ -20,6 +21,7 @@ from logitlake_shared.catalog import Catalog, Place
 from logitlake_shared.errors import ConfigError, DataError
 from logitlake_shared.lake import Cache, Lake
 from logitlake_shared.rows import LakePair, LakeSample, pairs_from_table, samples_from_table
+from logitlake_shared.student_scores import ScoredSample
 
 __all__ = [
     "Alternative",
@@ -27,6 +29,7 @@ __all__ = [
     "ImageView",
     "Response",
     "SampleView",
+    "StudentToken",
     "TokenView",
     "find_sample",
     "stored_images",
@@ -59,6 +62,18 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class StudentToken:
+    """What a student makes of the token, over its whole vocabulary."""
+
+    logprob: float
+    rank: int
+    entropy: float
+    forward_kl: float
+    """KL(teacher‖student) in nats, the teacher's tail as one class"""
+    alternatives: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True)
 class TokenView:
     """One response token. Rank, entropy, tail and alternatives are None for pairs, which store logprobs alone."""
 
@@ -72,6 +87,7 @@ class TokenView:
     alternatives: tuple[Alternative, ...] = ()
     logprob_no_image: float | None = None
     """with the images left out, where that was captured"""
+    student: StudentToken | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,8 @@ class SampleView:
     responses: tuple[Response, ...]
     tokenizer: str
     """how the texts were made, or why there are none"""
+    student: str | None = None
+    """whose scores stand beside the teacher's"""
 
 
 def find_sample(lake: Lake, sample_id: str, cache: str | None = None) -> FoundSample:
@@ -139,10 +157,20 @@ def find_sample(lake: Lake, sample_id: str, cache: str | None = None) -> FoundSa
 
 
 def view_sample(
-    found: FoundSample, decode: Decode, note: str, *, top: int = 5, save_to: Path | None = None
+    found: FoundSample,
+    decode: Decode,
+    note: str,
+    *,
+    top: int = 5,
+    save_to: Path | None = None,
+    student: tuple[str, ScoredSample] | None = None,
 ) -> SampleView:
-    """The sample, its images saved into the folder `save_to` where one is named. Raises `LakeCorruptError`."""
+    """The sample, its images saved into the folder `save_to` where one is named, beside a student's name and scores.
+
+    Raises `LakeCorruptError`, `DataError` for the scores of another sample.
+    """
     cache, row = found.cache, _read(found)
+    scored = None if student is None else _fitting(row, *student)
     return SampleView(
         id=row.sample_id if isinstance(row, LakeSample) else row.pair_id,
         kind=cache.spec.kind,
@@ -157,8 +185,9 @@ def view_sample(
         expanded_length=row.expanded_length if isinstance(row, LakeSample) else None,
         ended_by=row.finish_reason if isinstance(row, LakeSample) else row.made_by,
         images=_images(found, row.image_sha256, save_to),
-        responses=_responses(row, decode, top) if isinstance(row, LakeSample) else _sides(row, decode),
+        responses=_responses(row, decode, top, scored) if isinstance(row, LakeSample) else _sides(row, decode),
         tokenizer=note,
+        student=None if student is None else student[0],
     )
 
 
@@ -173,7 +202,18 @@ def _read(found: FoundSample) -> LakeSample | LakePair:
     return rows[0]
 
 
-def _responses(sample: LakeSample, decode: Decode, top: int) -> tuple[Response, ...]:
+def _fitting(row: LakeSample | LakePair, student: str, scored: ScoredSample) -> ScoredSample:
+    """The scores, if they are of just this sample."""
+    tokens = len(row.response_ids) if isinstance(row, LakeSample) and row.sample_id == scored.sample_id else None
+    if tokens != len(scored.label_logprob_T):
+        raise DataError(
+            f"the scores of {student} for sample {scored.sample_id!r} are not those of the sample in this cache; run "
+            "`logitlake-student score` again"
+        )
+    return scored
+
+
+def _responses(sample: LakeSample, decode: Decode, top: int, scored: ScoredSample | None) -> tuple[Response, ...]:
     rows = sample.rows
     stops = np.cumsum(rows.k_T.astype(np.int64))
     tokens = [
@@ -185,21 +225,36 @@ def _responses(sample: LakeSample, decode: Decode, top: int) -> tuple[Response, 
             rank=int(rows.label_rank_T[t]),
             entropy=float(rows.entropy_T[t]),
             tail_mass=float(np.exp(rows.log_tail_mass_T[t])),
-            alternatives=tuple(
-                Alternative(int(other), decode(int(other)) if decode else None, float(np.exp(logprob)))
-                for other, logprob in zip(
-                    rows.topk_ids[stops[t] - rows.k_T[t] : stops[t]][:top],
-                    rows.topk_logprobs[stops[t] - rows.k_T[t] : stops[t]][:top],
-                    strict=True,
-                )
+            alternatives=_alternatives(
+                rows.topk_ids[stops[t] - rows.k_T[t] : stops[t]][:top],
+                rows.topk_logprobs[stops[t] - rows.k_T[t] : stops[t]][:top],
+                decode,
             ),
             logprob_no_image=_at(sample.label_logprob_no_image_T, t),
+            student=None if scored is None else _student_token(scored, t, decode, top),
         )
         for t, token_id in enumerate(sample.response_ids)
     ]
     turns = np.split(np.arange(len(tokens)), np.cumsum(sample.response_lengths)[:-1])
     names = ["response"] if len(turns) == 1 else [f"response {number}" for number in range(1, len(turns) + 1)]
     return tuple(_response(name, [tokens[t] for t in turn]) for name, turn in zip(names, turns, strict=True))
+
+
+def _student_token(scored: ScoredSample, t: int, decode: Decode, top: int) -> StudentToken:
+    return StudentToken(
+        logprob=float(scored.label_logprob_T[t]),
+        rank=int(scored.label_rank_T[t]),
+        entropy=float(scored.entropy_T[t]),
+        forward_kl=float(scored.forward_kl_T[t]),
+        alternatives=_alternatives(scored.topk_ids_TK[t, :top], scored.topk_logprobs_TK[t, :top], decode),
+    )
+
+
+def _alternatives(ids_K: Int32, logprobs_K: Float32, decode: Decode) -> tuple[Alternative, ...]:
+    return tuple(
+        Alternative(int(other), decode(int(other)) if decode else None, float(np.exp(logprob)))
+        for other, logprob in zip(ids_K, logprobs_K, strict=True)
+    )
 
 
 def _sides(pair: LakePair, decode: Decode) -> tuple[Response, ...]:

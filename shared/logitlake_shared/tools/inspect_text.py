@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logitlake_shared.cli_output import compact_table
-from logitlake_shared.tools.inspect_sample import Response, SampleView, TokenView
+from logitlake_shared.tools.inspect_sample import Alternative, Response, SampleView, TokenView
 
 __all__ = ["print_sample"]
 
@@ -67,6 +67,8 @@ def _facts(view: SampleView, also_in: Sequence[str]) -> Table:
         ("prompt", f"{view.prompt_tokens:,} tokens{length}"),
         ("tokens", view.tokenizer),
     ]
+    if view.student is not None:
+        rows.append(("student", view.student))
     if also_in:
         rows.append(("also in", f"{', '.join(also_in)}; choose with --cache"))
     for name, text in rows:
@@ -90,47 +92,70 @@ def _response(response: Response) -> Iterator[RenderableType]:
         figures += f", rating {_signed(response.rating)}"
     yield Text(response.name, "bold").append(figures, "not bold dim")
     if all(token.text is not None for token in response.tokens):
-        flow = Text()
-        for token in response.tokens:
-            flow.append(_visible(token.text or "", newlines=True), _colour(token))
-        yield flow
+        yield _flow(response.tokens, [token.logprob for token in response.tokens])
+        if students := [token.student.logprob for token in response.tokens if token.student is not None]:
+            yield Text("and by the student's surprise", "dim")
+            yield _flow(response.tokens, students)
     yield Text()
     yield _token_table(response.tokens)
 
 
+def _flow(tokens: Sequence[TokenView], logprobs: Sequence[float]) -> Text:
+    """The text of a response, each token coloured by its surprise."""
+    flow = Text()
+    for token, logprob in zip(tokens, logprobs, strict=True):
+        flow.append(_visible(token.text or "", newlines=True), _colour(logprob))
+    return flow
+
+
 def _token_table(tokens: Sequence[TokenView]) -> Table:
-    full = any(token.rank is not None for token in tokens)
-    looked_away = any(token.logprob_no_image is not None for token in tokens)
+    has_student = any(token.student is not None for token in tokens)
+    is_full = any(token.rank is not None for token in tokens)
+    # Beside a student there is room for what the two are compared by, and for no more.
+    has_figures = is_full and not has_student
+    looked_away = any(token.logprob_no_image is not None for token in tokens) and not has_student
+    headings = ["", "token", "logprob"]
+    headings += ["image adds"] if looked_away else []
+    headings += ["rank", "entropy", "tail"] if has_figures else []
+    headings += ["student", "KL"] if has_student else []
     grid = compact_table()
-    for heading in ("", "token", "logprob", *(("image adds",) if looked_away else ())):
-        grid.add_column(heading, justify="left" if heading == "token" else "right", no_wrap=heading != "token")
-    for heading in ("rank", "entropy", "tail") if full else ():
-        grid.add_column(heading, justify="right", no_wrap=True)
-    grid.add_column("the teacher's choices" if full else "probability", overflow="fold")
+    for heading in headings:
+        is_token = heading == "token"
+        grid.add_column(heading, justify="left" if is_token else "right", no_wrap=not is_token)
+    grid.add_column("the teacher's choices" if is_full else "probability", overflow="fold")
+    if has_student:
+        grid.add_column("the student's", overflow="fold")
     for token in tokens:
-        cells = [Text(str(token.position), "dim"), _name(token.token_id, token.text, _colour(token))]
-        cells.append(Text(_signed(token.logprob), _colour(token)))
+        colour = _colour(token.logprob)
+        cells = [Text(str(token.position), "dim"), _name(token.token_id, token.text, colour)]
+        cells.append(Text(_signed(token.logprob), colour))
         if looked_away:
             seen = token.logprob_no_image
             cells.append(Text("" if seen is None else _signed(token.logprob - seen)))
-        if full:
+        if has_figures:
             cells += [Text(str(token.rank)), Text(f"{token.entropy:.3f}"), Text(f"{token.tail_mass:.0e}")]
-            cells.append(_choices(token))
+        if token.student is not None:
+            cells.append(Text(_signed(token.student.logprob), _colour(token.student.logprob)))
+            cells.append(Text(_signed(token.student.forward_kl), _colour(-token.student.forward_kl)))
+        if is_full:
+            cells.append(_choices(token, token.logprob, token.alternatives))
         else:
             probability = math.exp(token.logprob)
-            cells.append(Text(f"{probability:.3f} ").append("█" * round(probability * _BAR_WIDTH), _colour(token)))
+            cells.append(Text(f"{probability:.3f} ").append("█" * round(probability * _BAR_WIDTH), colour))
+        if token.student is not None:
+            cells.append(_choices(token, token.student.logprob, token.student.alternatives))
         grid.add_row(*cells)
     return grid
 
 
-def _choices(token: TokenView) -> Text:
+def _choices(token: TokenView, logprob: float, alternatives: Sequence[Alternative]) -> Text:
     text = Text()
-    for place, choice in enumerate(token.alternatives):
+    for place, choice in enumerate(alternatives):
         is_label = choice.token_id == token.token_id
         if place and not is_label and choice.probability < _SHOWN_PROBABILITY:
             continue
         text.append("  " if place else "")
-        text.append_text(_name(choice.token_id, choice.text, _colour(token) if is_label else ""))
+        text.append_text(_name(choice.token_id, choice.text, _colour(logprob) if is_label else ""))
         text.append(f" {choice.probability:.3f}", "dim")
     return text
 
@@ -145,8 +170,8 @@ def _signed(logprob: float) -> str:
     return f"{round(logprob, 3) + 0.0:.3f}"
 
 
-def _colour(token: TokenView) -> str:
-    return next(colour for bound, colour in _COLOURS if -token.logprob <= bound)
+def _colour(logprob: float) -> str:
+    return next(colour for bound, colour in _COLOURS if -logprob <= bound)
 
 
 def _visible(text: str, newlines: bool = False) -> str:

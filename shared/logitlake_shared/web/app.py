@@ -24,6 +24,7 @@ from logitlake_shared.errors import LogitLakeError
 from logitlake_shared.spelling import did_you_mean
 from logitlake_shared.web.doors import Door, principal_of
 from logitlake_shared.web.frame import Frame, HttpMetrics, problem_response
+from logitlake_shared.web.health import health_page
 from logitlake_shared.web.limits import Limits
 from logitlake_shared.web.problems import (
     MEDIA_TYPE,
@@ -128,12 +129,13 @@ def make_app(
         },
     )
     app.state.service = service
-    app.state.nav = dict(nav or {})
+    app.state.nav = {**(nav or {}), "/health": "Health"}
     app.add_exception_handler(Problem, _answered)
     app.add_exception_handler(LogitLakeError, _answered)
     app.add_exception_handler(HTTPException, _status_answered)
     app.add_exception_handler(RequestValidationError, _invalid_answered)
     app.include_router(_operation())
+    app.include_router(health_page(service.checks, service.problems, service.registry))
     app.include_router(session_routes(service.tokens))
     app.include_router(token_routes(service.tokens))
     for router in routers:

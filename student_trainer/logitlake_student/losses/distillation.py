@@ -47,7 +47,7 @@ from logitlake_shared.errors import DataError
 from logitlake_student.losses.chunked import ChunkedHead, accumulation_dtype
 from logitlake_student.losses.divergences import Classes, Divergence, forward_kl
 
-__all__ = ["LossSums", "TeacherBatch", "distillation_loss"]
+__all__ = ["LossSums", "TeacherBatch", "distillation_loss", "row_divergence"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,14 @@ def distillation_loss(
     )
     num_tokens = torch.tensor(float(labels_R.shape[0]), device=hidden_RH.device)
     return loss, LossSums(divergence_sum.float(), ce_sum.float(), num_tokens)
+
+
+def row_divergence(
+    logits_CV: Tensor, teacher: TeacherBatch, rows: slice, divergence: Divergence = forward_kl
+) -> Tensor:
+    """The divergence `[C]` of each row at T = 1, the tail as one class: what `distillation_loss` sums. For looking at;
+    it has no gradient, and the logits are overwritten."""
+    return divergence(_Student.of(logits_CV, teacher.label_ids_R[rows], teacher, rows).classes)
 
 
 def _labels(hidden_RH: Tensor, weight_VH: Tensor, teacher: TeacherBatch | None, label_ids_R: Tensor | None) -> Tensor:

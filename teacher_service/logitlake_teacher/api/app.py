@@ -59,6 +59,7 @@ def teacher_app(config: ServeConfig) -> FastAPI:
     app.state.jobs = jobs
     app.state.lake = lake
     app.state.tokenizer = config.tokenizer
+    app.state.runs = config.runs
     app.router.routes.append(files_route(lake.store))
     return app
 

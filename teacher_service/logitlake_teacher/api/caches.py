@@ -5,6 +5,7 @@ Each route asks `CacheOf` for its cache, so a cache that the token does not cove
 
 from dataclasses import asdict
 from operator import attrgetter
+from pathlib import Path as FilePath
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
@@ -15,7 +16,8 @@ from logitlake_schemas import Snapshot
 from logitlake_shared.cache_figures import cache_figures
 from logitlake_shared.errors import DataError
 from logitlake_shared.lake import Cache, Lake
-from logitlake_shared.tools.inspect_sample import FoundSample, find_sample, stored_images, view_sample
+from logitlake_shared.student_scores import LinkedStudents
+from logitlake_shared.tools.inspect_sample import FoundSample, SampleView, find_sample, stored_images, view_sample
 from logitlake_shared.tools.token_text import find_token_text
 from logitlake_shared.web.cursors import Cursor, Limit, Page, page_of
 from logitlake_shared.web.doors import Asking
@@ -29,10 +31,11 @@ from logitlake_teacher.api.documents import (
 )
 from logitlake_teacher.api.files import FILES
 
-__all__ = ["CacheOf", "SampleId", "cache_document", "cache_routes", "found_sample", "image_url", "lake_of"]
+__all__ = ["CacheOf", "SampleId", "StudentName", "cache_document", "cache_routes", "image_url", "lake_of", "viewed"]
 
 Name = Annotated[str, Path(max_length=100, examples=["main"])]
 SampleId = Annotated[str, Path(max_length=4096, examples=["train-00145-0-caption"])]
+StudentName = Annotated[str | None, Query(max_length=250, description="one of `students`", examples=["demo/d2s"])]
 # Formats of a lake's images, as browsers know them; anything else is bytes to be saved.
 _IMAGE_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
@@ -136,15 +139,34 @@ def _one_sample(
     cache: CacheOf,
     sample_id: SampleId,
     top: Annotated[int, Query(ge=1, le=100, description="stored entries of each token")] = 5,
+    student: StudentName = None,
 ) -> SampleDocument:
-    """A sample or a pair, token by token, with what the teacher would have said instead."""
-    found = found_sample(lake_of(request), cache, sample_id)
-    decode, note = find_token_text(cache.spec, request.app.state.tokenizer)
-    view = view_sample(found, decode, scrubbed(note), top=top)
+    """A sample or a pair, token by token, with what the teacher would have said instead; a student beside it."""
+    view, students = viewed(request, cache, sample_id, top, student)
     images = [asdict(image) | {"url": image_url(cache, image.sha256, sample_id)} for image in view.images]
     for image in images:
         del image["saved_to"]
-    return SampleDocument.model_validate(asdict(view) | {"images": images})
+    return SampleDocument.model_validate(asdict(view) | {"images": images, "students": students})
+
+
+def viewed(
+    request: Request, cache: Cache, sample_id: str, top: int, student: str | None
+) -> tuple[SampleView, list[str]]:
+    """A sample as people see it, and the students that may stand beside the teacher. Raises `Problem` `not_found`."""
+    found = _found_sample(lake_of(request), cache, sample_id)
+    decode, note = find_token_text(cache.spec, request.app.state.tokenizer)
+    runs: FilePath | None = request.app.state.runs
+    students = LinkedStudents(runs, cache) if runs is not None and cache.spec.kind == "samples" else None
+    scored = None
+    if student is not None:
+        if students is None:
+            raise Problem("not_found", f"no student {student!r}: this service has no runs to show beside this cache")
+        try:
+            scored = student, students.find(student, sample_id)
+        except DataError as error:
+            raise Problem("not_found", str(error)) from None
+    view = view_sample(found, decode, scrubbed(note), top=top, student=scored)
+    return view, [] if students is None else students.names
 
 
 def _one_image(
@@ -155,7 +177,7 @@ def _one_image(
 ) -> Response:
     """An image as it was captured, byte for byte."""
     try:
-        record = stored_images(found_sample(lake_of(request), cache, sample_id), [sha256])[sha256]
+        record = stored_images(_found_sample(lake_of(request), cache, sample_id), [sha256])[sha256]
     except DataError:
         raise Problem("not_found", f"sample {sample_id!r} of cache {cache.name!r} has no such image") from None
     headers = {"ETag": f'"{sha256}"', "Cache-Control": "private, max-age=31536000, immutable"}
@@ -191,7 +213,7 @@ def _newest(cache: Cache) -> Snapshot | None:
     return cache.open_snapshot(number) if number else None
 
 
-def found_sample(lake: Lake, cache: Cache, sample_id: str) -> FoundSample:
+def _found_sample(lake: Lake, cache: Cache, sample_id: str) -> FoundSample:
     """Where a sample or pair lies. Raises `Problem` `not_found`."""
     try:
         return find_sample(lake, sample_id, cache.name)

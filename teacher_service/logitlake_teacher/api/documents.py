@@ -73,6 +73,10 @@ class SampleDocument(_Document):
     responses: list[dict[str, Any]] = Field(examples=[[{"name": "assistant", "logprob_sum": -0.4, "tokens": []}]])
     tokenizer: str = Field(examples=["teacher"])
     """how the tokens' texts were made, or why there are none"""
+    students: list[str] = Field(examples=[["demo/d2s"]])
+    """stages of runs that were scored on the cache"""
+    student: str | None = Field(examples=["demo/d2s"])
+    """the one whose figures each token has under `student`"""
 
 
 class ColumnDocument(_Document):

@@ -1,11 +1,11 @@
 """The pages at `/`: caches, one cache, one sample, SQL. Made on the server; the API answers the same.
 
 What is coloured in a sample is the teacher's surprise at each token of the response, in nats; each token leads to its
-row, which says what the teacher would have said instead.
+row, which says what the teacher would have said instead. A student that was scored on the cache stands beside it.
 """
 
 from typing import Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import HTMLResponse
@@ -14,13 +14,11 @@ from logitlake_shared.errors import LogitLakeError
 from logitlake_shared.lake import Cache
 from logitlake_shared.sql_service import SqlRequest
 from logitlake_shared.sql_service.grammar import RELATIONS
-from logitlake_shared.tools.inspect_sample import TokenView, view_sample
-from logitlake_shared.tools.token_text import find_token_text
 from logitlake_shared.web.app import service_of
 from logitlake_shared.web.doors import Asking
 from logitlake_shared.web.html import render
 from logitlake_shared.web.problems import Problem, problem_of, scrubbed
-from logitlake_teacher.api.caches import CacheOf, SampleId, cache_document, found_sample, image_url, lake_of
+from logitlake_teacher.api.caches import CacheOf, SampleId, StudentName, cache_document, image_url, lake_of, viewed
 from logitlake_teacher.api.sql import caches_asked, questions_of
 
 __all__ = ["page_routes"]
@@ -110,17 +108,17 @@ def _cache(request: Request, cache: CacheOf, after: Annotated[str, Query(max_len
     )
 
 
-def _sample(request: Request, cache: CacheOf, sample_id: SampleId) -> HTMLResponse:
-    found = found_sample(lake_of(request), cache, sample_id)
-    decode, note = find_token_text(cache.spec, request.app.state.tokenizer)
-    view = view_sample(found, decode, note, top=_TOP)
+def _sample(request: Request, cache: CacheOf, sample_id: SampleId, student: StudentName = None) -> HTMLResponse:
+    view, students = viewed(request, cache, sample_id, _TOP, student)
+    here = _sample_url(cache, sample_id)
     return _page(
         request,
         "sample",
         view=view,
-        note=scrubbed(note),
         images=[(image, image_url(cache, image.sha256, sample_id)) for image in view.images],
-        surprise=_surprise,
+        students=[(name, f"{here}?{urlencode({'student': name})}") for name in students],
+        alone_url=here,
+        step=_step,
         steps=["below 0.1", "0.1", "0.5", "1", "2", "4 and more"],
     )
 
@@ -166,9 +164,9 @@ def _sample_url(cache: Cache, sample_id: str) -> str:
     return f"/caches/{cache.name}/samples/{quote(sample_id)}"
 
 
-def _surprise(token: TokenView) -> str:
-    """The class of a token's colour."""
-    return f"s{sum(-token.logprob >= least for least in _SURPRISES)}"
+def _step(nats: float) -> str:
+    """The class of a colour."""
+    return f"s{sum(nats >= least for least in _SURPRISES)}"
 
 
 def _cell(value: Any) -> str:

@@ -87,7 +87,9 @@ class SqlQuestions:
         """the principal of each question under way"""
         self.views: list[ViewDocument] = []
         self._ended = Counter("logitlake_sql_queries", "Questions, by how they ended.", ("verdict",), registry=registry)
-        self._seconds = Histogram("logitlake_sql_query_seconds", "Time to the end of an answer.", registry=registry)
+        self._seconds = Histogram(
+            "logitlake_sql_query_seconds", "Time to the end of an answer in SQL.", registry=registry
+        )
 
     def begin(self, principal: Principal, request: SqlRequest) -> SqlResult:
         """The answer, once it begins. Raises `QueryError` and its kin."""

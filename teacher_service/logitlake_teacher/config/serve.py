@@ -29,6 +29,8 @@ class ServeConfig(StrictModel):
     """folder or object-store address of the lake"""
     tokenizer: Path | None = None
     """the teacher's model folder, to show tokens as text; default: a folder of the teacher's name, if there is one"""
+    runs: Path | None = None
+    """folder of the student's runs: a stage that was scored on a cache is shown beside the teacher"""
     service: ServiceSettings = ServiceSettings()
     """where it listens, whom it lets in, how much it takes"""
     sql: SqlLimits = SqlLimits()

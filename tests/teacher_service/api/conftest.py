@@ -37,7 +37,7 @@ def teacher(small_lake: Path, tmp_path: Path, tokens: TokenStore) -> Iterator[Ca
         def start(**settings: Any) -> tuple[Any, str]:
             service = {"tokens": tmp_path / "tokens.sqlite"} | settings
             # Workers start when they are needed: most tests ask none.
-            config = {"lake": str(small_lake), "service": service, "sql": {"num_warm": 0}}
+            config = {"lake": str(small_lake), "service": service, "sql": {"num_warm": 0}, "runs": tmp_path / "runs"}
             app = teacher_app(ServeConfig.model_validate(config))
             return app, stack.enter_context(served(app))
 

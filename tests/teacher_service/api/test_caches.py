@@ -10,12 +10,14 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 from starlette.routing import Route
+from tests.shared.conftest import made_scores
 
 from logitlake_schemas import UnitError
 from logitlake_shared.cache_figures import cache_figures
 from logitlake_shared.catalog import publish_catalog
 from logitlake_shared.lake import Lake
-from logitlake_shared.reader import LakeDataset
+from logitlake_shared.reader import LakeDataset, PairDataset
+from logitlake_shared.student_scores import scores_path
 from logitlake_shared.web.sessions import OPEN_PATHS
 from logitlake_shared.web.tokens import TokenStore
 
@@ -23,7 +25,7 @@ Teacher = Callable[..., tuple[Any, str]]
 OPEN = {"/livez", "/readyz", *OPEN_PATHS}
 # What tells of no cache in particular.
 OF_NO_CACHE = {"/openapi.json", "/metrics", "/v1/caches", "/v1/sql", "/v1/queries/{query_id}", "/v1/schema"}
-OF_NO_CACHE |= {"/v1/queries", "/v1/queries/{query_id}/result", "/", "/sql", "/logout"}
+OF_NO_CACHE |= {"/v1/queries", "/v1/queries/{query_id}/result", "/", "/sql", "/health", "/logout"}
 OF_NO_CACHE |= {"/v1/tokens", "/v1/tokens/{token_id}"}
 
 
@@ -95,6 +97,31 @@ def test_a_sample_is_shown_token_by_token_with_its_image(client: httpx.Client, s
     assert shown.content == sample.images[0]
     assert shown.headers["content-type"] == "image/png"
     assert "saved_to" not in image
+
+
+def test_a_student_stands_beside_the_teacher(client: httpx.Client, small_lake: Path, tmp_path: Path) -> None:
+    """Every stage that was scored on the cache can be asked for, and each token has its figures."""
+    sample, other = (LakeDataset(small_lake, "main")[place] for place in (0, 1))
+    url = f"/v1/caches/main/samples/{sample.sample_id}"
+    assert client.get(url).json()["students"] == []
+    (scored,) = made_scores(small_lake, scores_path(tmp_path / "runs/demo/d2s", "main", None), num_samples=1)
+    alone = client.get(url).json()
+    assert (alone["students"], alone["student"]) == (["demo/d2s"], None)
+    assert [token["student"] for token in alone["responses"][0]["tokens"]] == [None] * len(sample.response_ids)
+    told = client.get(url, params={"student": "demo/d2s", "top": 3}).json()
+    assert told["student"] == "demo/d2s"
+    for t, token in enumerate(told["responses"][0]["tokens"]):
+        assert token["student"]["forward_kl"] == pytest.approx(float(scored.forward_kl_T[t]))
+        assert [choice["token_id"] for choice in token["student"]["alternatives"]] == scored.topk_ids_TK[t, :3].tolist()
+    for asked, says in (
+        (f"{url}?student=nobody", "no student 'nobody' was scored on this cache; there are demo/d2s"),
+        (f"/v1/caches/main/samples/{other.sample_id}?student=demo/d2s", "is none of them; score it again for all"),
+        (f"/v1/caches/pairs/samples/{PairDataset(small_lake, 'pairs').ids()[0]}?student=demo/d2s", "no student"),
+    ):
+        answer = client.get(asked)
+        assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+        assert says in answer.json()["detail"]
+        assert str(tmp_path) not in answer.text
 
 
 @pytest.mark.parametrize(

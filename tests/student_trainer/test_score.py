@@ -1,0 +1,157 @@
+"""What a student is said to make of a lake's samples is what it makes: by a slow twin, and on the command line."""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from logitlake_shared.reader import LakeDataset
+from logitlake_shared.student_scores import Scores
+from logitlake_student.answers import kl_to_teacher, load_examinee
+from logitlake_student.losses.distillation import TeacherBatch
+from logitlake_student.losses.reference import distillation_loss_reference
+from logitlake_student.score_figures import summarised
+from logitlake_student.scores import row_scores
+
+Command = Callable[..., Any]
+
+R, H, V, K, TOP = 40, 16, 50, 6, 5
+# float32 against float64: 3e-6 was measured on these logits.
+FIGURE_TOLERANCE = 2e-5
+
+
+@pytest.fixture
+def rows() -> tuple[Tensor, Tensor, TeacherBatch]:
+    """Hidden states, a head, and a teacher with a tail; the student is sure of some rows and of nothing in others."""
+    generator = torch.Generator().manual_seed(3)
+    hidden_RH = torch.randn(R, H, generator=generator) * torch.logspace(-2, 1, R)[:, None]
+    weight_VH = torch.randn(V, H, generator=generator)
+    logprobs_RV = torch.log_softmax(3 * torch.randn(R, V, generator=generator), dim=-1)
+    topk = logprobs_RV.topk(K)
+    return (
+        hidden_RH,
+        weight_VH,
+        TeacherBatch(
+            topk_ids_RK=topk.indices,
+            topk_logprobs_RK=topk.values,
+            log_tail_mass_R=torch.log1p(-topk.values.exp().sum(1)),
+            label_ids_R=torch.randint(0, V, (R,), generator=generator),
+        ),
+    )
+
+
+def test_every_figure_is_that_of_its_slow_twin(
+    rows: tuple[Tensor, Tensor, TeacherBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row by row, in float64, by full softmax and by sorting; whatever the chunks are."""
+    monkeypatch.setattr("logitlake_student.scores._CHUNK_ROWS", 7)
+    hidden_RH, weight_VH, teacher = rows
+    got = row_scores(hidden_RH, weight_VH, teacher, top=TOP)
+    for r, hidden_H in enumerate(hidden_RH):
+        probabilities_V = torch.softmax(weight_VH.double() @ hidden_H.double(), dim=-1)
+        label = int(teacher.label_ids_R[r])
+        order = sorted(range(V), key=lambda v: -float(probabilities_V[v]))
+        assert float(got.label_logprob_R[r]) == pytest.approx(
+            float(probabilities_V[label].log()), abs=FIGURE_TOLERANCE, rel=FIGURE_TOLERANCE
+        )
+        assert int(got.label_rank_R[r]) == 1 + order.index(label)
+        assert got.topk_ids_RK[r].tolist() == order[:TOP]
+        entropy = -sum(float(p * p.log()) for p in probabilities_V)
+        assert float(got.entropy_R[r]) == pytest.approx(entropy, abs=FIGURE_TOLERANCE)
+        one = TeacherBatch(
+            **{
+                field.name: values[r : r + 1]
+                for field in fields(teacher)
+                if (values := getattr(teacher, field.name)) is not None
+            }
+        )
+        loss, _ = distillation_loss_reference(
+            hidden_RH[r : r + 1], weight_VH, one, divergence_weight=1.0, ce_weight=0.0
+        )
+        assert float(got.forward_kl_R[r]) == pytest.approx(float(loss), rel=FIGURE_TOLERANCE, abs=FIGURE_TOLERANCE)
+
+
+def test_the_mean_is_what_an_evaluation_says(
+    student_checkpoint: Path, student_lake: Path, student_command: Command, tmp_path: Path
+) -> None:
+    """One definition of the KL to the teacher, in whatever batches; and figures that come from the stored scores."""
+    out = tmp_path / "scores.parquet"
+    for batch_size in (1, 5):
+        done = student_command(
+            "score", student_checkpoint, student_lake, "--cache", "main", "--out", out, "-o", "json",
+            "--batch-size", batch_size, "--top", batch_size,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        told = json.loads(done.out)
+        dataset = LakeDataset(student_lake, "main")
+        expected = kl_to_teacher(
+            load_examinee(student_checkpoint, "cpu"), dataset, batch_size=3, advance=lambda _: None
+        )
+        assert told["total"]["forward_kl"] == pytest.approx(expected, rel=1e-5)
+        assert told["total"]["samples"] == len(dataset)
+        scored = list(Scores(out))
+        assert [sample.sample_id for sample in scored] == dataset.ids()
+        for sample, known in zip(scored, dataset.__getitems__(range(len(dataset))), strict=True):
+            assert len(sample.label_logprob_T) == len(known.response_ids)
+            assert sample.task == known.task
+            assert sample.topk_ids_TK.shape[1] == batch_size
+        logprobs = np.concatenate([sample.label_logprob_T for sample in scored])
+        assert told["total"]["perplexity"] == pytest.approx(float(np.exp(-logprobs.mean(dtype=np.float64))))
+        worst = max(scored, key=lambda sample: float(sample.forward_kl_T.mean()))
+        assert told["worst"][0]["sample_id"] == worst.sample_id
+
+
+def test_a_run_is_scored_once_where_a_viewer_looks(
+    student_world: Any, student_command: Command, student_lake: Path
+) -> None:
+    """In the stage's folder, by its name; again it is there; of a model that has changed it is made anew."""
+    stage = student_world.output / "d2d"
+    assert student_command("train", student_world.file({"type": "d2d", "steps": 1})).code == 0
+    command = ("score", student_world.output, student_lake, "--cache", "main", "--split", "test")
+    first = student_command(*command)
+    assert first.code == 0, first.err
+    path = stage / "scores" / "main-test.parquet"
+    assert str(path) in first.out
+    assert Scores(path).record.student == f"{student_world.output.name}/d2d"
+    assert summarised(Scores(path)).total.num_samples == len(LakeDataset(student_lake, "main", split="test"))
+    written = path.stat()
+    again = student_command(*command)
+    assert (again.out, path.stat().st_ino) == (first.out, written.st_ino)
+    config = stage / "model" / "generation_config.json"
+    config.write_text(config.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    assert student_command(*command).code == 0
+    assert path.stat().st_ino != written.st_ino
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "name a file with --out"),
+        (("--out", "{taken}"), "is there, and no file of scores"),
+        (("--out", "{new}", "--split", "nope"), "holds no samples with split='nope'"),
+        (("--out", "{new}", "--cache", "preference"), "holds pairs, expected samples"),
+    ],
+)
+def test_what_cannot_be_scored_is_said_first(
+    student_checkpoint: Path,
+    student_lake: Path,
+    student_command: Command,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    says: str,
+) -> None:
+    """Before a model is loaded, and what is there stays."""
+    taken = tmp_path / "notes.txt"
+    taken.write_text("mine")
+    given = [argument.format(taken=taken, new=tmp_path / "new.parquet") for argument in arguments]
+    done = student_command("score", student_checkpoint, student_lake, "--cache", "main", *given)
+    assert done.code != 0
+    assert says in done.err
+    assert taken.read_text() == "mine"
+    assert not (tmp_path / "new.parquet").exists()
