@@ -30,6 +30,7 @@ NewPage = Callable[..., Page]
 PATHS = {
     "overview": "/",
     "cache": "/caches/main",
+    "part": "/caches/main?task=nothing",
     "pairs": "/caches/pairs",
     "sample": "/caches/main/samples/sample-0010",
     "sql": "/sql",

@@ -18,6 +18,7 @@ from logitlake_teacher.api.files import files_route
 from logitlake_teacher.api.jobs import command_of, kinds_of_jobs, plan_routes
 from logitlake_teacher.api.pages import page_routes
 from logitlake_teacher.api.queries import LongQueries, query_routes
+from logitlake_teacher.api.samples import sample_routes
 from logitlake_teacher.api.sql import SqlQuestions, sql_routes
 from logitlake_teacher.config import CONFIGS
 from logitlake_teacher.config.serve import ServeConfig, TeacherJobsSettings
@@ -49,7 +50,7 @@ def teacher_app(config: ServeConfig) -> FastAPI:
                 stack.enter_context(jobs.running(app.state.service))
             yield
 
-    routers = [cache_routes(), sql_routes(), query_routes(), page_routes()]
+    routers = [cache_routes(), sample_routes(), sql_routes(), query_routes(), page_routes()]
     checks: dict[str, Check] = {"lake": lake_is_there}
     if config.jobs is not None and jobs is not None:
         routers += [job_routes(), plan_routes(config.lake, config.jobs), job_pages("/caches/")]

@@ -11,6 +11,7 @@ __all__ = [
     "ColumnDocument",
     "FileDocument",
     "SampleDocument",
+    "SampleEntry",
     "SnapshotDocument",
     "ViewDocument",
     "figures_document",
@@ -55,6 +56,17 @@ class FileDocument(_Document):
     rows: int = Field(examples=[64])
     tokens: int = Field(examples=[1_024])
     url: str = Field(examples=["/v1/files/caches/main/shards/000000-1f0f51da1f92-5009ea6dc9c2e4e6.parquet"])
+
+
+class SampleEntry(_Document):
+    """A sample or a pair in a list."""
+
+    id: str = Field(examples=["train-00145-0-caption"])
+    task: str = Field(examples=["caption"])
+    source: str = Field(examples=["scenes"])
+    split: str = Field(examples=["train"])
+    num_tokens: int = Field(examples=[16])
+    """of its responses; of a pair, chosen and rejected together"""
 
 
 class SampleDocument(_Document):

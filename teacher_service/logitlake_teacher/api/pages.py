@@ -13,13 +13,14 @@ from starlette.responses import HTMLResponse
 from logitlake_shared.errors import LogitLakeError
 from logitlake_shared.lake import Cache
 from logitlake_shared.sql_service import SqlRequest
-from logitlake_shared.sql_service.grammar import RELATIONS
 from logitlake_shared.web.app import service_of
-from logitlake_shared.web.doors import Asking
+from logitlake_shared.web.doors import Asking, Principal
 from logitlake_shared.web.html import render
 from logitlake_shared.web.problems import Problem, problem_of, scrubbed
-from logitlake_teacher.api.caches import CacheOf, SampleId, StudentName, cache_document, image_url, lake_of, viewed
-from logitlake_teacher.api.sql import caches_asked, questions_of
+from logitlake_teacher.api.caches import CacheOf, cache_document, lake_of
+from logitlake_teacher.api.documents import ViewDocument
+from logitlake_teacher.api.samples import Of, SampleId, StudentName, image_url, samples_after, viewed
+from logitlake_teacher.api.sql import caches_asked, questions_of, schema
 
 __all__ = ["page_routes"]
 
@@ -71,8 +72,14 @@ def _overview(request: Request, asking: Asking) -> HTMLResponse:
     return _page(request, "overview", caches=caches, problems=service_of(request).problems())
 
 
-def _cache(request: Request, cache: CacheOf, after: Annotated[str, Query(max_length=4096)] = "") -> HTMLResponse:
-    tasks = samples = errors = []
+def _cache(
+    request: Request,
+    cache: CacheOf,
+    task: Of = None,
+    split: Of = None,
+    after: Annotated[str, Query(max_length=4096)] = "",
+) -> HTMLResponse:
+    tasks = errors = []
     document = cache_document(cache)
     if document.snapshot is not None:
         tasks = _rows(
@@ -81,30 +88,28 @@ def _cache(request: Request, cache: CacheOf, after: Annotated[str, Query(max_len
             "SELECT task, split, count(*) AS samples, sum(num_tokens)::BIGINT AS tokens FROM sample_index "
             "GROUP BY ALL ORDER BY task, split",
         )
-        samples = _rows(
-            request,
-            cache,
-            "SELECT sample_id, task, split, num_tokens FROM sample_index WHERE sample_id > ? ORDER BY sample_id "
-            f"LIMIT {_SAMPLES + 1}",
-            after,
-        )
         errors = _rows(
             request,
             cache,
             "SELECT code, count(*) AS samples, min(sample_id) AS example, min(message) AS says FROM errors "
             "GROUP BY code ORDER BY samples DESC",
         )
+    samples = samples_after(request, cache, after, _SAMPLES + 1, task, split)
     shown = samples[:_SAMPLES]
-    next_after = shown[-1]["sample_id"] if len(samples) > _SAMPLES else None
+    chosen = {name: value for name, value in (("task", task), ("split", split)) if value is not None}
+    here = f"/caches/{cache.name}"
+    has_more = len(samples) > _SAMPLES
     return _page(
         request,
         "cache",
         cache=document,
-        tasks=tasks,
-        samples=[sample | {"url": _sample_url(cache, sample["sample_id"])} for sample in shown],
+        tasks=[row | {"url": f"{here}?{urlencode({name: row[name] for name in ('task', 'split')})}"} for row in tasks],
+        samples=[(sample, _sample_url(cache, sample.id)) for sample in shown],
         errors=errors,
         after=after,
-        next_url=None if next_after is None else f"/caches/{cache.name}?after={quote(next_after, safe='')}",
+        chosen=chosen,
+        all_url=here,
+        next_url=f"{here}?{urlencode(chosen | {'after': shown[-1].id})}" if has_more else None,
     )
 
 
@@ -125,37 +130,29 @@ def _sample(request: Request, cache: CacheOf, sample_id: SampleId, student: Stud
 
 def _sql(request: Request, asking: Asking, sql: Annotated[str, Query(max_length=65536)] = "") -> HTMLResponse:
     asking.require("read")
-    columns: list[str] = []
-    rows: list[list[str]] = []
-    said = problem = ""
-    if sql.strip():
-        questions = questions_of(request)
-        try:
-            asked = SqlRequest(sql, caches=caches_asked(lake_of(request), asking, None), max_rows=_ROWS)
-            table, result = questions.answer(asking, asked)
-            columns = table.schema.names
-            rows = [
-                [_cell(value) for value in row] for row in zip(*(c.to_pylist() for c in table.columns), strict=True)
-            ]
-            cut = f", the first {_ROWS}" if result.truncated else ""
-            said = f"{len(rows)} row{'' if len(rows) == 1 else 's'}{cut} in {result.milliseconds:.0f} ms"
-        except (LogitLakeError, Problem) as error:
-            problem = scrubbed(problem_of(error).detail)
-    return _page(
-        request,
-        "sql",
-        sql=sql,
-        columns=columns,
-        rows=rows,
-        said=said,
-        problem=problem,
-        examples=_EXAMPLES.items(),
-        views=RELATIONS,
-    )
+    views: list[ViewDocument] = []
+    answer: dict[str, Any] = {}
+    problem = ""
+    try:
+        views = schema(request, asking)
+        if sql.strip():
+            answer = _answer(request, asking, sql)
+    except (LogitLakeError, Problem) as error:
+        problem = scrubbed(problem_of(error).detail)
+    return _page(request, "sql", sql=sql, views=views, answer=answer, problem=problem, examples=_EXAMPLES.items())
 
 
-def _rows(request: Request, cache: Cache, sql: str, *params: str) -> list[dict[str, Any]]:
-    with questions_of(request).pool.run(SqlRequest(sql, caches=(cache.name,), params=params)) as result:
+def _answer(request: Request, asking: Principal, sql: str) -> dict[str, Any]:
+    asked = SqlRequest(sql, caches=caches_asked(lake_of(request), asking, None), max_rows=_ROWS)
+    table, result = questions_of(request).answer(asking, asked)
+    rows = [[_cell(value) for value in row] for row in zip(*(c.to_pylist() for c in table.columns), strict=True)]
+    cut = f", the first {_ROWS}" if result.truncated else ""
+    said = f"{len(rows)} row{'' if len(rows) == 1 else 's'}{cut} in {result.milliseconds:.0f} ms"
+    return {"columns": table.schema.names, "rows": rows, "said": said}
+
+
+def _rows(request: Request, cache: Cache, sql: str) -> list[dict[str, Any]]:
+    with questions_of(request).pool.run(SqlRequest(sql, caches=(cache.name,))) as result:
         rows: list[dict[str, Any]] = result.read_all().to_pylist()
     return rows
 

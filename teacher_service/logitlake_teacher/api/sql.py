@@ -39,6 +39,7 @@ __all__ = [
     "headers_of",
     "questions_of",
     "request_of",
+    "schema",
     "sql_routes",
 ]
 
@@ -146,7 +147,7 @@ def sql_routes() -> APIRouter:
     said = "The rows, in the format that `Accept` asks for"
     answer: dict[int | str, dict[str, Any]] = {200: {"description": said, "content": content}}
     router.add_api_route("/sql", _ask, methods=["POST"], response_class=StreamingResponse, responses=answer)
-    router.add_api_route("/schema", _schema, response_model=list[ViewDocument])
+    router.add_api_route("/schema", schema, response_model=list[ViewDocument])
     return router
 
 
@@ -208,7 +209,7 @@ async def _streamed(
         questions.end(asking, asked, result, verdict)
 
 
-def _schema(request: Request, asking: Asking) -> list[ViewDocument]:
+def schema(request: Request, asking: Asking) -> list[ViewDocument]:
     """The views that SQL may ask, with their columns."""
     asking.require("read")
     questions = questions_of(request)

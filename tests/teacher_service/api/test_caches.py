@@ -69,7 +69,8 @@ def test_a_cache_without_a_snapshot_has_no_figures(client: httpx.Client, small_l
     told = client.get("/v1/caches/empty").json()
     assert told["snapshot"] is told["figures"] is None
     assert client.get("/v1/caches/empty/snapshots/1").status_code == 404
-    assert client.get("/v1/caches/empty/errors").json()["data"] == []
+    for what in ("errors", "samples"):
+        assert client.get(f"/v1/caches/empty/{what}").json()["data"] == []
 
 
 def test_files_have_the_bytes_that_were_committed(client: httpx.Client, small_lake: Path) -> None:
@@ -97,6 +98,22 @@ def test_a_sample_is_shown_token_by_token_with_its_image(client: httpx.Client, s
     assert shown.content == sample.images[0]
     assert shown.headers["content-type"] == "image/png"
     assert "saved_to" not in image
+
+
+def test_samples_are_listed_by_id(client: httpx.Client, small_lake: Path) -> None:
+    """All of them page by page, or those of a task or a split; a cursor is of its own list."""
+    for cache, dataset in (("main", LakeDataset(small_lake, "main")), ("pairs", PairDataset(small_lake, "pairs"))):
+        url = f"/v1/caches/{cache}/samples"
+        listed = every_item(client, url, limit=2)
+        assert [entry["id"] for entry in listed] == dataset.ids()
+        assert [entry["num_tokens"] for entry in listed] == dataset.num_tokens.tolist()
+        for name in ("task", "split"):
+            value = getattr(dataset[0], name)
+            some = [entry["id"] for entry in listed if entry[name] == value]
+            assert [entry["id"] for entry in every_item(client, url, limit=1, **{name: value})] == some
+        assert every_item(client, url, limit=1, task="no'such") == []
+    cursor = client.get("/v1/caches/main/samples?limit=1").json()["next_cursor"]
+    assert client.get(f"/v1/caches/main/samples?limit=1&cursor={cursor}&split=test").status_code == 422
 
 
 def test_a_student_stands_beside_the_teacher(client: httpx.Client, small_lake: Path, tmp_path: Path) -> None:
