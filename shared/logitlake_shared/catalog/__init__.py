@@ -15,6 +15,7 @@ The usual questions need `samples` and `tokens` and never unpack a top-k.
     open_shards the shards that a question needs, opened then
     scan        shards as tables that DuckDB scans
     query       the views, and how DuckDB is locked in
+    column_docs what each column is
 
 Only `index_file`, `publish` and `query` import duckdb.
 

@@ -96,7 +96,7 @@ class ColumnDocument(_Document):
 
     name: str = Field(examples=["label_logprob"])
     type: str = Field(examples=["FLOAT[]"])
-    doc: str | None = Field(default=None, examples=["teacher logprob of the response token"])
+    doc: str = Field(examples=["teacher logprob of the response token"])
 
 
 class ViewDocument(_Document):

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import StreamingResponse
 
-from logitlake_schemas import COLUMNS
+from logitlake_shared.catalog.column_docs import COLUMN_DOCS
 from logitlake_shared.errors import LogitLakeError
 from logitlake_shared.lake import Lake
 from logitlake_shared.sql_service import SqlPool, SqlRequest, SqlResult
@@ -51,7 +51,6 @@ _COLUMNS_OF_VIEWS = " UNION ALL ".join(
     f"FROM (DESCRIBE {view})"
     for view in RELATIONS
 )
-_DOCS = {column.name: column.doc for columns in COLUMNS.values() for column in columns}
 _BY_MEDIA_TYPE = {format_.media_type: name for name, format_ in FORMATS.items()}
 _JSON = "application/json"
 
@@ -221,7 +220,7 @@ def schema(request: Request, asking: Asking) -> list[ViewDocument]:
             ViewDocument(
                 name=view,
                 columns=[
-                    ColumnDocument(name=row["name"], type=row["type"], doc=_DOCS.get(row["name"]))
+                    ColumnDocument(name=row["name"], type=row["type"], doc=COLUMN_DOCS[row["name"]])
                     for row in rows
                     if row["view"] == view
                 ],

@@ -17,6 +17,7 @@ from tests.collector import Collector, collector
 from tests.served import served
 
 from logitlake_shared.catalog import open_catalog
+from logitlake_shared.catalog.column_docs import COLUMN_DOCS
 from logitlake_shared.web.tokens import TokenStore
 from logitlake_teacher.api.app import teacher_app
 from logitlake_teacher.config.serve import ServeConfig
@@ -202,7 +203,8 @@ def test_the_schema_names_every_view_and_its_columns(client: httpx.Client) -> No
     assert list(views) == ["samples", "tokens", "topk", "pairs", "images", "sample_index", "shards", "caches", "errors"]
     described = ask(client, "DESCRIBE tokens").json()
     assert [column["name"] for column in views["tokens"]] == [row[0] for row in described["rows"]]
-    assert any(column["doc"] for column in views["samples"])
+    named = {column["name"] for columns in views.values() for column in columns}
+    assert named == set(COLUMN_DOCS)  # each is explained, and no explanation is of a column that went
 
 
 def test_a_question_is_a_span_below_its_request(collector: Collector, teacher: Teacher) -> None:
