@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from logitlake_shared.cli_attach import attach
 from logitlake_shared.cli_care import diff, gc, rebuild, verify
 from logitlake_shared.cli_doctor import doctor
 from logitlake_shared.cli_support import progress, run_cli
@@ -249,7 +250,7 @@ def _asked(lake: str | None, server: str | None) -> Iterator[Ask]:
                 click.echo(f"cut short: the service gives no more {answer.truncated} of an answer", err=True)
 
 
-for command in (verify, diff, gc, rebuild, doctor):
+for command in (attach, verify, diff, gc, rebuild, doctor):
     cli.add_command(command)
 
 

@@ -10,6 +10,7 @@ for nine of ten flipped bits.
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -22,12 +23,14 @@ import pyarrow.parquet as pq
 
 from logitlake_schemas import COLUMNS, FORMAT_VERSION, Column, ShardEntry, ShardKind, StoredError, arrow_schema
 from logitlake_shared.errors import LakeCorruptError, LakeError, LakeFormatError
+from logitlake_shared.store import ObjectStore
 
 __all__ = [
     "FOOTER_PREFIX",
     "Shard",
     "check_committed",
     "check_format_version",
+    "committed_bytes",
     "footer_of",
     "missing_error",
     "read_error",
@@ -199,6 +202,16 @@ def check_committed(source: BinaryIO, entry: ShardEntry, where: str, *, whole: b
             "to the plan"
         )
     source.seek(0)
+
+
+def committed_bytes(store: ObjectStore, entry: ShardEntry) -> bytes:
+    """The whole shard. Raises `LakeCorruptError` where it is missing or not what was committed."""
+    where = f"{store.uri}/{entry.path}"
+    data = store.get(entry.path)
+    if data is None:
+        raise missing_error(where)
+    check_committed(io.BytesIO(data), entry, where, whole=True)
+    return data
 
 
 def missing_error(where: str) -> LakeCorruptError:

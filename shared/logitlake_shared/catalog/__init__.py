@@ -16,10 +16,12 @@ The usual questions need `samples` and `tokens` and never unpack a top-k.
     scan        shards as tables that DuckDB scans
     query       the views, and how DuckDB is locked in
     column_docs what each column is
+    attach      a lake's files on this machine, and what attaches them in a DuckDB of one's own
 
 Only `index_file`, `publish` and `query` import duckdb.
 
-A published file is plain DuckDB (1.4 or later), its paths are relative to the lake. Without this package:
+A published file is plain DuckDB (1.4 or later), its paths are relative to the lake. Without this package (or copy what
+`logitlake attach` prints):
 
     ATTACH 'lake/catalog/catalog-00000001.duckdb' AS cat (READ_ONLY);
     SET VARIABLE paths = (SELECT list('lake/' || path) FROM cat.shards WHERE kind = 'samples');

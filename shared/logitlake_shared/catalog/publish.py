@@ -6,20 +6,35 @@ file. What is published can be lost at any time without harm: it is made again f
 """
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
 
 from logitlake_schemas import layout
 from logitlake_shared.catalog.index_file import attach, identities, read_every_block, write_index_file
 from logitlake_shared.catalog.tables import Pinned, pin
-from logitlake_shared.errors import LakeError
+from logitlake_shared.errors import LakeCorruptError, LakeError
 from logitlake_shared.lake import Lake
 from logitlake_shared.store import ObjectStore
 
-__all__ = ["fetch", "newest_number", "publish_catalog", "rebuild_catalog"]
+__all__ = ["Published", "fetch", "newest_number", "publish_catalog", "read_published", "rebuild_catalog"]
 
 _CHUNK_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published catalog, every block of it read."""
+
+    number: int
+    data: bytes
+    """the file"""
+    identities: frozenset[tuple[str, int, str, str]]
+    """what it was made from: see `Pinned.identity`"""
+    shards: list[dict[str, Any]]
+    """its rows of `shards`"""
 
 
 def publish_catalog(lake: Lake) -> int:
@@ -58,6 +73,24 @@ def fetch(store: ObjectStore, number: int, folder: Path) -> Path:
             file.write(chunk)
     source.close()
     return target
+
+
+def read_published(store: ObjectStore, number: int) -> Published:
+    """What catalog `number` holds. Raises `LakeCorruptError` where it is damaged or of another catalog version."""
+    where = f"{store.uri}/{layout.catalog_path(number)}"
+    with tempfile.TemporaryDirectory(prefix="logitlake-catalog-") as folder, duckdb.connect(":memory:") as connection:
+        path = fetch(store, number, Path(folder))
+        data = path.read_bytes()
+        try:
+            if not attach(connection, path, "cat"):
+                raise LakeCorruptError(
+                    f"{where}: of another catalog version; run `logitlake rebuild`, or take that release"
+                )
+            read_every_block(connection, "cat")
+            shards = connection.sql("FROM cat.shards ORDER BY shard").to_arrow_table().to_pylist()
+            return Published(number, data, frozenset(identities(connection, "cat")), shards)
+        except duckdb.Error as error:
+            raise LakeCorruptError(f"{where}: cannot be opened: {error}; run `logitlake rebuild`") from error
 
 
 def _publish(lake: Lake, *, rebuild: bool) -> int:

@@ -7,7 +7,6 @@ copies leave first; a copy that is open somewhere stays readable until it is clo
 """
 
 import fcntl
-import io
 import os
 import threading
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import pyarrow as pa
 
 from logitlake_schemas import ShardEntry, sha256_hex
 from logitlake_shared.errors import ConfigError
-from logitlake_shared.shards import check_committed, missing_error
+from logitlake_shared.shards import committed_bytes
 from logitlake_shared.store import ObjectStore
 
 __all__ = ["DEFAULT_BYTES", "FOLDER_VARIABLE", "ShardCopies", "default_folder"]
@@ -63,7 +62,7 @@ class ShardCopies:
         with lock:  # one thread fetches, the others wait
             file = self._good_copy(path, entry)
             if file is None:
-                file = self._write(path, _committed_bytes(store, entry))
+                file = self._write(path, committed_bytes(store, entry))
                 self._verified.add(entry.sha256)
                 self._trim(path)
         return file
@@ -117,12 +116,3 @@ class ShardCopies:
         with (self.folder / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def _committed_bytes(store: ObjectStore, entry: ShardEntry) -> bytes:
-    where = f"{store.uri}/{entry.path}"
-    data = store.get(entry.path)
-    if data is None:
-        raise missing_error(where)
-    check_committed(io.BytesIO(data), entry, where, whole=True)
-    return data

@@ -1,0 +1,264 @@
+"""`logitlake attach`: a plain DuckDB, told what is printed, answers as `logitlake sql` does, wherever the lake lies."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+from tests.served import served
+from tests.shared.conftest import small_lake
+from tests.teacher_service.api.conftest import teacher, tokens
+
+from logitlake_schemas import layout
+from logitlake_shared.catalog import open_catalog, publish_catalog
+from logitlake_shared.lake import Lake, UnitResult
+from logitlake_shared.store import TOKEN_VARIABLE, open_store
+from logitlake_shared.web.lake_files import LakeFiles
+from logitlake_shared.web.tokens import TokenStore
+
+__all__ = ["small_lake", "teacher", "tokens"]
+
+Command = Callable[..., Any]
+Teacher = Callable[..., tuple[Any, str]]
+
+# Of DuckDB's own and of `logitlake sql` alike.
+QUESTIONS = (
+    "SELECT cache, task, count(*) AS n, sum(len(response_ids))::INT AS tokens FROM samples GROUP BY ALL ORDER BY ALL",
+    "SELECT sample_id, list_sum(label_logprob) AS logprob, topk_logprobs FROM samples ORDER BY sample_id",
+    "SELECT cache, pair_id, chosen_ids FROM pairs ORDER BY pair_id",
+    "SELECT image_sha256, octet_length(data) AS bytes FROM images ORDER BY ALL",
+)
+TIMEOUT_S = 60
+NUM_FILES = 10
+"""of the small lake: two of each unit"""
+
+
+@pytest.fixture
+def published(small_lake: Path) -> Path:
+    """The small lake with a catalog."""
+    publish_catalog(Lake.open(small_lake))
+    return small_lake
+
+
+def attach(lake: object, copy: Path) -> list[str]:
+    """The command."""
+    return ["logitlake", "attach", str(lake), "--to", str(copy)]
+
+
+def answers(statements: str) -> list[Any]:
+    """What a DuckDB that was told the statements, one after the other, says to the questions."""
+    with duckdb.connect() as connection:
+        for statement in statements.splitlines():
+            connection.execute(statement)
+        return [connection.sql(question).to_arrow_table().to_pylist() for question in QUESTIONS]
+
+
+def expected(lake: Path) -> list[Any]:
+    """What our own catalog says to them."""
+    with open_catalog(lake) as catalog:
+        return [catalog.query(question).to_pylist() for question in QUESTIONS]
+
+
+def test_a_lake_on_the_disk_is_attached_where_it_lies(published: Path, run_command: Command) -> None:
+    """Nothing is copied; the catalog's own tables are there; a name with a quote is no trap."""
+    done = run_command("logitlake", "attach", published)
+    assert (done.code, answers(done.out)) == (0, expected(published))
+    with duckdb.connect() as connection:
+        connection.execute(done.out)  # all at once, as a shell would
+        assert connection.sql("SELECT cache, rows FROM lake.caches ORDER BY cache").fetchall() == [
+            ("main", 6),
+            ("pairs", 2),
+        ]
+    quoted = published.rename(published.with_name("ada's lake"))
+    assert answers(run_command("logitlake", "attach", quoted).out) == expected(quoted)
+
+
+def test_an_older_duckdb_takes_the_same_statements(published: Path, run_command: Command) -> None:
+    """1.4, in a process without this package; that one reads every column but `topk_ids`."""
+    older = Path(sys.prefix) / "duckdb-1.4"
+    if not older.is_dir():
+        pytest.skip(f"DuckDB 1.4 is not installed at {older}; `make .venv/.installed-test` puts it there")
+    statements = run_command("logitlake", "attach", published).out
+    program = (
+        "import duckdb, sys\nconnection = duckdb.connect()\nconnection.execute(sys.argv[1])\n"
+        "rows = connection.sql('SELECT * EXCLUDE (topk_ids) FROM samples').fetchall()\n"
+        "print(duckdb.__version__, len(rows))"
+    )
+    # -S: none of the environment's own packages.
+    command = [sys.executable, "-S", "-c", program, statements]
+    environment = os.environ | {"PYTHONPATH": str(older)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
+    assert done.stdout.startswith("1.4.")
+    assert done.stdout.split()[1] == "6"
+
+
+def test_a_lake_over_http_is_copied_once_and_attached(
+    published: Path, teacher: Teacher, tokens: TokenStore, tmp_path: Path, run_command: Command, monkeypatch: Any
+) -> None:
+    """With a token; what is there and whole is not fetched again, what is damaged is; then it needs no service."""
+    text, _ = tokens.create("ada", "read")
+    copy, url = tmp_path / "copy", f"{teacher()[1]}/v1/files"
+    assert run_command(*attach(url, copy)).code == 2  # no token
+    assert not copy.exists()
+    monkeypatch.setenv(TOKEN_VARIABLE, text)
+    first = run_command(*attach(url, copy))
+    assert first.code == 0, first.err
+    assert f"{NUM_FILES} files in {copy}, {NUM_FILES} fetched now" in first.err
+    again = run_command(*attach(url, copy))
+    assert "0 fetched now" in again.err
+    assert again.out == first.out
+    shard = next(copy.glob("caches/main/shards/*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    shard.with_name(f"{shard.name}#123").write_bytes(b"of a writer that was killed")
+    assert "1 fetched now" in run_command(*attach(url, copy)).err
+    assert not list(copy.rglob("*#*"))
+    assert answers(first.out) == expected(published)
+
+
+def test_one_cache_alone(published: Path, tmp_path: Path, run_command: Command) -> None:
+    """Its files are fetched and shown, and no other's."""
+    copy = tmp_path / "copy"
+    done = run_command("logitlake", "attach", published, "--cache", "pairs", "--to", copy)
+    assert done.code == 0, done.err
+    assert not (copy / "caches" / "main").exists()
+    assert "samples" not in done.out
+    with duckdb.connect() as connection:
+        connection.execute(done.out)
+        assert connection.sql("SELECT DISTINCT cache FROM pairs").fetchall() == [("pairs",)]
+    assert "no cache 'nope'" in run_command("logitlake", "attach", published, "--cache", "nope").err
+
+
+class _Stuck:
+    """A lake's files, of which the service hands out `num` shards and then no more while the test looks."""
+
+    def __init__(self, lake: Path, num: int) -> None:
+        self._files, self._left = LakeFiles(open_store(lake), lambda *_: True), num
+        self.is_stuck, self.go_on = threading.Event(), False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "GET" and scope["path"].endswith(".parquet") and not self.go_on:
+            self._left -= 1
+            if self._left < 0:
+                self.is_stuck.set()
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                return
+        await self._files(scope, receive, send)
+
+
+def test_whoever_is_killed_goes_on_where_they_were(published: Path, tmp_path: Path, run_command: Command) -> None:
+    """SIGKILL while shards are fetched: the lock is gone with the process, no catalog names what is not there."""
+    stuck, copy = _Stuck(published, 4), tmp_path / "copy"
+    with served(Starlette(routes=[Route("/v1/files/{path:path}", stuck)])) as url:
+        address = f"{url}/v1/files"
+        with subprocess.Popen(
+            [sys.executable, "-c", "from logitlake_shared.cli import main; main()", *attach(address, copy)[1:]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE},
+        ) as process:
+            assert stuck.is_stuck.wait(TIMEOUT_S)
+            second = run_command(*attach(address, copy))
+            assert "another process copies into it" in second.err
+            process.send_signal(signal.SIGKILL)
+            process.wait(TIMEOUT_S)
+        assert not list(copy.glob("catalog/*"))
+        stuck.go_on = True
+        done = run_command(*attach(address, copy))
+        assert done.code == 0, done.err
+        fetched = int(done.err.split(" fetched now")[0].split()[-1])
+        assert NUM_FILES - 4 <= fetched <= NUM_FILES
+    assert answers(done.out) == expected(published)
+
+
+def test_without_a_catalog_and_with_an_old_one_it_says_what_to_run(
+    small_lake: Path, make_unit: Callable[..., UnitResult], run_command: Command
+) -> None:
+    """None: an error. Older than the newest snapshots: what it holds, and that there is more."""
+    none = run_command("logitlake", "attach", small_lake)
+    assert (none.code, none.out) == (2, "")
+    assert "none was published; run `logitlake rebuild`" in none.err
+    lake = Lake.open(small_lake)
+    publish_catalog(lake)
+    before = expected(small_lake)
+    lake.cache("main").publish_unit(make_unit(7))
+    lake.cache("main").snapshot()
+    lake.create_cache("newer", lake.cache("main").spec).publish_unit(make_unit(8))
+    lake.cache("newer").snapshot()
+    old = run_command("logitlake", "attach", small_lake)
+    assert old.code == 0
+    assert "cache 'main': snapshot 1 in catalog 1, 2 in the lake; `logitlake rebuild`" in old.err
+    assert "cache 'newer': snapshot none in catalog 1, 1 in the lake" in old.err
+    assert answers(old.out) == before
+    assert "does not know cache 'newer'" in run_command("logitlake", "attach", small_lake, "--cache", "newer").err
+    assert run_command("logitlake", "rebuild", small_lake).code == 0
+    new = run_command("logitlake", "attach", small_lake)
+    assert "in the lake" not in new.err
+    assert answers(new.out) == expected(small_lake)
+
+
+@pytest.mark.parametrize("cache", [None, "main", "pairs"])
+def test_a_token_of_some_caches_attaches_nothing(
+    published: Path,
+    teacher: Teacher,
+    tokens: TokenStore,
+    tmp_path: Path,
+    run_command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: str | None,
+) -> None:
+    """The catalog tells of every cache: it is said whom it is for, nothing is printed and nothing is left."""
+    monkeypatch.setenv(TOKEN_VARIABLE, tokens.create("ada", "read", ("main",))[0])
+    only = () if cache is None else ("--cache", cache)
+    copy = tmp_path / "copy"
+    refused = run_command("logitlake", "attach", f"{teacher()[1]}/v1/files", "--to", copy, *only)
+    assert (refused.code, refused.out) == (2, "")
+    assert "a token that covers every cache" in refused.err
+    assert not copy.exists()
+
+
+def test_a_file_that_is_gone_or_other_bytes_are_no_half_attach(
+    published: Path, tmp_path: Path, run_command: Command
+) -> None:
+    """Said of the file; nothing is printed, and no catalog is left that names it."""
+    (shard, *_) = published.glob("caches/main/shards/*.parquet")
+    data, copy = shard.read_bytes(), tmp_path / "copy"
+    shard.write_bytes(data[:-1] + b"x")
+    wrong = run_command(*attach(published, copy))
+    shard.unlink()
+    gone = run_command("logitlake", "attach", published)
+    for done in (wrong, gone):
+        assert (done.code, done.out) == (2, "")
+        assert shard.name in done.err
+    assert not list(copy.glob("catalog/*"))
+
+
+def test_a_catalog_writes_nowhere_but_where_shards_are(published: Path, tmp_path: Path, run_command: Command) -> None:
+    """One of somebody else's that names a file outside of the folder is refused."""
+    with duckdb.connect(published / layout.catalog_path(1)) as connection:
+        connection.execute("UPDATE shards SET path = '../../outside.parquet' WHERE kind = 'pairs'")
+    done = run_command("logitlake", "attach", published, "--to", tmp_path / "copy")
+    assert done.code == 2
+    assert "'../../outside.parquet', which is no file of cache 'pairs'" in done.err
+
+
+def test_what_cannot_be_attached_is_refused_before_anything_is_fetched(
+    published: Path, teacher: Teacher, tmp_path: Path, run_command: Command
+) -> None:
+    """A name that DuckDB reads as something else, a lake as a target, no target."""
+    comma = run_command("logitlake", "attach", published, "--to", tmp_path / "a,b")
+    assert "DuckDB takes , in a path for something else" in comma.err
+    assert not (tmp_path / "a,b").exists()
+    assert "is a lake" in run_command("logitlake", "attach", published, "--to", published).err
+    assert "--to FOLDER" in run_command("logitlake", "attach", f"{teacher()[1]}/v1/files").err
+    (tmp_path / "file").write_text("")
+    assert "cannot hold a copy" in run_command("logitlake", "attach", published, "--to", tmp_path / "file" / "x").err
