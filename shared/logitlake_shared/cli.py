@@ -117,8 +117,9 @@ def sql(
 
 
 @cli.command(short_help="Show one sample, token by token.")
-@_LAKE
-@click.argument("sample")
+@_LAKE_OR_SERVER
+@click.argument("sample", required=False)
+@_SERVER
 @click.option("--cache", metavar="NAME", help="The cache to look in.  [default: the first that holds SAMPLE]")
 @click.option(
     "--tokenizer",
@@ -130,45 +131,62 @@ def sql(
 )
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Choices shown for each token.")
 @click.option("--save-images", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Keep its images.")
-@click.option(
-    "--scores",
-    type=_FILE,
-    metavar="FILE",
-    help="See a student beside the teacher: what `logitlake-student score` wrote.",
-)
+@click.option("--scores", type=_FILE, metavar="FILE", help="A student beside it: what `logitlake-student score` wrote.")
+@click.option("--student", metavar="NAME", help="The same of a service: one of the students that it has scores of.")
 @_TABLE_OR_JSON
 def inspect(
-    lake: str,
-    sample: str,
+    lake: str | None,
+    sample: str | None,
+    server: str | None,
     cache: str | None,
     tokenizer: Path | None,
     top: int,
     save_images: Path | None,
     scores: Path | None,
+    student: str | None,
     output: str,
 ) -> None:
     """Show one SAMPLE, or one pair: what was asked, what was answered, what the teacher thought of every token.
 
     \b
     logitlake inspect runs/demo/lake train-00145-0-caption --tokenizer examples/digit_scenes/models/teacher
+    logitlake inspect --server http://localhost:8321 train-00145-0-caption
     """
     from dataclasses import asdict
 
     from logitlake_shared.cli_output import to_json
-    from logitlake_shared.lake import Lake
-    from logitlake_shared.student_scores import scores_of
-    from logitlake_shared.tools.inspect_sample import find_sample, view_sample
     from logitlake_shared.tools.inspect_text import print_sample
-    from logitlake_shared.tools.token_text import find_token_text
 
-    place = find_sample(Lake.open(lake), sample, cache)
-    decode, note = find_token_text(place.cache.spec, tokenizer)
-    student = None if scores is None else scores_of(scores, place.cache, sample)
-    view = view_sample(place, decode, note, top=top, save_to=save_images, student=student)
+    if server is not None and sample is None:
+        lake, sample = None, lake  # the only argument is the sample
+    if sample is None:
+        raise click.UsageError("Missing argument 'SAMPLE'.")
+    _check_one(lake, server)
+    if (scores is not None and lake is None) or (student is not None and server is None):
+        raise click.UsageError("--scores is for a LAKE, --student for a service (--server URL).")
+    if lake is not None:
+        from logitlake_shared.lake import Lake
+        from logitlake_shared.student_scores import scores_of
+        from logitlake_shared.tools.inspect_sample import find_sample, view_sample
+        from logitlake_shared.tools.token_text import find_token_text
+
+        place = find_sample(Lake.open(lake), sample, cache)
+        decode, note = find_token_text(place.cache.spec, tokenizer)
+        beside = None if scores is None else scores_of(scores, place.cache, sample)
+        view = view_sample(place, decode, note, top=top, save_to=save_images, student=beside)
+        also_in = place.also_in
+    else:
+        from logitlake_shared.client import Client
+        from logitlake_shared.tools.inspect_served import find_served, view_served
+
+        with Client(str(server)) as client:
+            first, *others = find_served(client, str(server), sample) if cache is None else [cache]
+            view = view_served(client, first, sample, tokenizer, top=top, save_to=save_images, student=student)
+            also_in = tuple(others)
     if output == "json":
         click.echo(to_json(asdict(view), indent=2))
     else:
-        print_sample(view, place.also_in)
+        print_sample(view, also_in)
 
 
 @cli.command(short_help="How sure the teacher was, and what is stored of it.")
@@ -221,14 +239,18 @@ def _print_stats(found: "list[CacheStats]", output: str) -> None:
         print_stats(found)
 
 
+def _check_one(lake: str | None, server: str | None) -> None:
+    if (lake is None) == (server is None):
+        raise click.UsageError("Name either a LAKE or a service (--server URL).")
+
+
 Ask = Callable[[str], "pa.RecordBatchReader"]
 
 
 @contextmanager
 def _asked(lake: str | None, server: str | None) -> Iterator[Ask]:
     """What answers questions in SQL: the lake, or the service, of which exactly one is named."""
-    if (lake is None) == (server is None):
-        raise click.UsageError("Name either a LAKE or a service (--server URL).")
+    _check_one(lake, server)
     if lake is not None:
         from logitlake_shared.catalog import open_catalog
 

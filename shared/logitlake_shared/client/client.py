@@ -95,11 +95,17 @@ class Client:
         """Samples that were not captured, and why."""
         return self._transport.pages(f"/v1/caches/{quote(cache, safe='')}/errors", code=code)
 
-    def sample(self, cache: str, sample_id: str, top: int = 5) -> dict[str, Any]:
-        """A sample or a pair, token by token, with what the teacher would have said instead."""
+    def sample(self, cache: str, sample_id: str, top: int = 5, student: str | None = None) -> dict[str, Any]:
+        """A sample or a pair, token by token, with what the teacher would have said instead; beside it one of the
+        document's `students`."""
         path = f"/v1/caches/{quote(cache, safe='')}/samples/{quote(sample_id, safe='')}"
-        sample: dict[str, Any] = self._transport.get(path, top=top)
+        sample: dict[str, Any] = self._transport.get(path, top=top, student=student)
         return sample
+
+    def caches_of(self, sample_id: str) -> list[str]:
+        """The caches that hold a sample or pair of this id, by name; as far as they may be seen."""
+        found = self.sql("SELECT DISTINCT cache FROM sample_index WHERE sample_id = ? ORDER BY cache", [sample_id])
+        return [row["cache"] for row in found.rows()]
 
     def image(self, cache: str, sample_id: str, sha256: str) -> bytes:
         """An image of a sample as it was captured. Raises `ServiceError` where its bytes are not those of its name."""

@@ -32,6 +32,7 @@ __all__ = [
     "StudentToken",
     "TokenView",
     "find_sample",
+    "save_image",
     "stored_images",
     "view_sample",
 ]
@@ -305,16 +306,17 @@ def _images(found: FoundSample, digests: Sequence[str], save_to: Path | None) ->
     stored, views = stored_images(found, digests), []
     for digest in digests:
         record = stored[digest]
-        saved = None if save_to is None else _save(record, save_to)
+        saved = None if save_to is None else save_image(save_to, digest, record["format"], record["data"])
         views.append(ImageView(digest, record["format"], record["width"], record["height"], len(record["data"]), saved))
     return tuple(views)
 
 
-def _save(record: dict[str, Any], folder: Path) -> str:
-    path = folder / f"{record['image_sha256'][:16]}.{record['format'].lower()}"
+def save_image(folder: Path, sha256: str, image_format: str, data: bytes) -> str:
+    """Writes an image into the folder, named by its digest, and returns where. Raises `ConfigError`."""
+    path = folder / f"{sha256[:16]}.{image_format.lower()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(record["data"])
+        path.write_bytes(data)
     except OSError as error:
         raise ConfigError(f"{path}: the image cannot be saved: {error}") from None
     return str(path)

@@ -70,15 +70,23 @@ class SampleEntry(_Document):
 
 
 class SampleDocument(_Document):
-    """A sample or a pair as a person wants to see it."""
+    """A sample or a pair as a person wants to see it: all that `logitlake inspect` shows."""
 
     id: str = Field(examples=["train-00145-0-caption"])
     kind: str = Field(examples=["samples"])
     cache: str = Field(examples=["main"])
+    fingerprint: str = Field(examples=["5f0c…"])
+    """of the cache"""
+    teacher: str = Field(examples=["teacher (hf 5.19.0)"])
     task: str = Field(examples=["caption"])
     source: str = Field(examples=["scenes"])
     split: str = Field(examples=["train"])
     messages: list[dict[str, Any]] = Field(examples=[[{"role": "user", "content": "<image>\nWhat is there?"}]])
+    prompt_tokens: int = Field(examples=[10])
+    expanded_length: int | None = Field(examples=[41])
+    """tokens of the prompt with its images expanded; null for a pair"""
+    ended_by: str = Field(examples=["given"])
+    """why the response ended; of a pair, how it was made"""
     images: list[dict[str, Any]] = Field(
         examples=[[{"sha256": "9f…", "width": 64, "height": 64, "url": "/v1/images/…"}]]
     )
