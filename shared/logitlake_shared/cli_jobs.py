@@ -26,6 +26,14 @@ _FOLLOW = click.option("--follow", is_flag=True, help="Show how it goes until it
 _JOB = click.argument("job")
 
 
+def _labels(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    """`NAME=VALUE` of each."""
+    for label in given:
+        if not label.partition("=")[0] or "=" not in label:
+            raise click.BadParameter(f"expected NAME=VALUE, got {label!r}")
+    return dict(label.partition("=")[::2] for label in given)
+
+
 def service_jobs(*kinds: str) -> click.Group:
     """The commands for a service with jobs of these kinds; its address is the group's `--server`."""
 
@@ -43,7 +51,14 @@ def service_jobs(*kinds: str) -> click.Group:
         "--kind", type=click.Choice(kinds), default=kinds[0], show_default=True, help="What CONFIG.toml is of."
     )
     @click.option("--name", default="", help="For people.")
-    @click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="To find it by; repeatable.")
+    @click.option(
+        "--label",
+        "labels",
+        multiple=True,
+        metavar="NAME=VALUE",
+        callback=_labels,
+        help="To find it by; repeatable.",
+    )
     @click.option("--key", help="Idempotency key: the same key is the same job.  [default: a new one]")
     @click.option("--plan-digest", help="Of a capture: fail unless its plan still has this digest.")
     @_FOLLOW
@@ -55,7 +70,7 @@ def service_jobs(*kinds: str) -> click.Group:
         overrides: tuple[str, ...],
         kind: str,
         name: str,
-        labels: tuple[str, ...],
+        labels: dict[str, str],
         key: str | None,
         plan_digest: str | None,
         follow: bool,
@@ -64,11 +79,10 @@ def service_jobs(*kinds: str) -> click.Group:
         """Submit CONFIG.toml as a job. Paths in it are those of the service's machine."""
         from logitlake_shared.config import load_document
 
-        pairs = dict(label.partition("=")[::2] for label in labels)
         more = {} if plan_digest is None else {"plan_digest": plan_digest}
         with _client(server) as client:
             document = load_document(config, overrides)
-            job = client.jobs.submit(kind, document, name=name, labels=pairs, key=key, **more)
+            job = client.jobs.submit(kind, document, name=name, labels=labels, key=key, **more)
             click.echo(json.dumps(job) if as_json else job["id"])
             click.echo(f"{job['state']}; {_where(server, job)} shows how it goes", err=True)
             if follow:
@@ -95,6 +109,22 @@ def service_jobs(*kinds: str) -> click.Group:
         """Print JOB as JSON."""
         with _client(server) as client:
             click.echo(json.dumps(client.jobs.get(job), indent=1))
+
+    @jobs.command()
+    @_JOB
+    @click.argument("labels", nargs=-1, metavar="[NAME=VALUE]...", callback=_labels)
+    @click.option("--remove", multiple=True, metavar="NAME", help="Take this label away; repeatable.")
+    @click.option("--name", help="Call it this.")
+    @click.pass_obj
+    def label(server: str, job: str, labels: dict[str, str], remove: tuple[str, ...], name: str | None) -> None:
+        """Give JOB labels, beside those that it has, or another name; prints it as JSON.
+
+        Fails where somebody else edits it at the same time.
+        """
+        with _client(server) as client:
+            found = client.jobs.get(job)
+            kept = {key: value for key, value in found["labels"].items() if key not in remove}
+            click.echo(json.dumps(client.jobs.edit(job, name=name, labels=kept | labels, tag=found["tag"])))
 
     @jobs.command()
     @_JOB

@@ -54,6 +54,24 @@ class Jobs:
         job: dict[str, Any] = self._transport.get(f"/v1/jobs/{job_id}")
         return job
 
+    def edit(
+        self,
+        job_id: str,
+        *,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        tag: str | None = None,
+    ) -> dict[str, Any]:
+        """The job with another name, or with these labels for all that it had; None leaves them.
+
+        With the job's `tag`, as it was looked at, only where nobody edited it since. Raises `ServiceError`
+        `precondition_failed`.
+        """
+        wanted = {"name": name, "labels": None if labels is None else dict(labels)}
+        body = {key: value for key, value in wanted.items() if value is not None}
+        job: dict[str, Any] = self._transport.patch(f"/v1/jobs/{job_id}", body, tag=tag)
+        return job
+
     def events(self, job_id: str, after: int = 0) -> Iterator[dict[str, Any]]:
         """A job's events after the event `after`, as they come, until it ended; each once, through whatever breaks."""
         while True:

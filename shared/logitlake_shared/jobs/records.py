@@ -4,10 +4,12 @@ A job is work that a service was given to do: a kind (`capture`, `train`, …) a
 attempt, a process of its own; when one ends before the work does, another goes on where it stopped.
 """
 
+import hashlib
+import json
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 __all__ = ["Attempt", "Counts", "Event", "Job", "JobFault", "JobState", "NewJob", "Outcome", "Wish"]
 
@@ -136,6 +138,13 @@ class Job(_Record):
     last_event: int = Field(default=0, examples=[17])
     """id of its newest event"""
 
+    @computed_field(examples=["2f1d9c8e4b7a6035"])  # type: ignore[prop-decorator]  # what pydantic asks for
+    @property
+    def tag(self) -> str:
+        """Changes with its name and labels, and with nothing else: `ETag`, and `If-Match` of an edit."""
+        edited = json.dumps([self.name, self.labels], sort_keys=True)
+        return hashlib.sha256(edited.encode()).hexdigest()[:16]
+
     @property
     def created(self) -> float:
         """When it was submitted."""
@@ -147,5 +156,5 @@ class Event(_Record):
 
     id: int = Field(examples=[17])
     time: float = Field(examples=[1_790_000_000.0])
-    event: Literal["state", "attempt", "progress", "gap"] = Field(examples=["state"])
+    event: Literal["state", "attempt", "progress", "edited", "gap"] = Field(examples=["state"])
     data: dict[str, Any] = Field(examples=[{"from": "queued", "to": "validating"}])

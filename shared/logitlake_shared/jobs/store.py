@@ -99,9 +99,7 @@ class JobStore:
             names = ", ".join(values)
             marks = ", ".join("?" * len(values))
             connection.execute(f"INSERT INTO jobs ({names}) VALUES ({marks})", [_stored(v) for v in values.values()])
-            connection.executemany(
-                "INSERT INTO labels VALUES (?, ?, ?)", [(name, value, job_id) for name, value in job.labels.items()]
-            )
+            _label(connection, job_id, job.labels)
             _tell(connection, job_id, "state", {"from": None, "to": JobState.QUEUED})
             made = self._one(connection, job_id)
         self.on_change(job_id)
@@ -209,6 +207,34 @@ class JobStore:
             asked = self._one(connection, job_id)
         self.on_change(job_id)
         return asked
+
+    def edit(
+        self,
+        job_id: str,
+        *,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        check: Callable[[Job], None] = lambda _: None,
+    ) -> Job:
+        """Gives a job, in whatever state, another name, or these labels for those that it has; None leaves them.
+
+        `check` sees the job as it was, in the same transaction: what it raises is raised, and nothing is changed.
+        """
+        with self._writing() as connection:
+            job = self._one(connection, job_id)
+            check(job)
+            wanted: dict[str, Any] = {"name": name, "labels": None if labels is None else dict(labels)}
+            changes = {key: value for key, value in wanted.items() if value not in (None, getattr(job, key))}
+            if changes:
+                _update(connection, job_id, changes)
+                if "labels" in changes:
+                    connection.execute("DELETE FROM labels WHERE job = ?", (job_id,))
+                    _label(connection, job_id, changes["labels"])
+                _tell(connection, job_id, "edited", changes)
+            edited = self._one(connection, job_id)
+        if changes:
+            self.on_change(job_id)
+        return edited
 
     def begin_attempt(self, job_id: str) -> Job:
         """The job with a new attempt, `validating`. Raises `JobStateError`."""
@@ -340,6 +366,12 @@ class JobStore:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
         return connection
+
+
+def _label(connection: sqlite3.Connection, job_id: str, labels: Mapping[str, str]) -> None:
+    connection.executemany(
+        "INSERT INTO labels VALUES (?, ?, ?)", [(name, value, job_id) for name, value in labels.items()]
+    )
 
 
 def _tell(connection: sqlite3.Connection, job_id: str, event: str, data: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Jobs over HTTP, the same in both services: submit, list, look, cancel, pause, resume; events and logs.
+"""Jobs over HTTP, the same in both services: submit, list, look, edit, cancel, pause, resume; events and logs.
 
 A service says which kinds of jobs it has: what a submission becomes, and which command does it. Who may see a job is
 who may see its subject; telling it what to do needs `submit`.
@@ -7,7 +7,7 @@ who may see its subject; telling it what to do needs `submit`.
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -33,6 +33,7 @@ from logitlake_shared.web.app import Service
 from logitlake_shared.web.cursors import Cursor, Limit, Page, decode_cursor, encode_cursor
 from logitlake_shared.web.doors import Asking, Principal
 from logitlake_shared.web.feed import Feed
+from logitlake_shared.web.job_edits import JobEdit, Labels, Name, check_unchanged, etag
 from logitlake_shared.web.limits import becomes_stream
 from logitlake_shared.web.problems import Problem, scrubbed
 from logitlake_shared.web.tokens import without_tokens
@@ -67,10 +68,8 @@ class Submission(BaseModel):
     """one of the service's kinds of jobs"""
     config: dict[str, Any] = Field(examples=[{"engine": {"type": "fake"}}])
     """the configuration of the command of that name, as JSON; paths are those of the service's machine"""
-    name: str = Field(default="", max_length=100, examples=["nightly"])
-    labels: dict[Annotated[str, Field(max_length=63)], Annotated[str, Field(max_length=200)]] = Field(
-        default={}, max_length=20, examples=[{"team": "vision"}]
-    )
+    name: Name = ""
+    labels: Labels = {}
     max_attempts: int | None = Field(default=None, ge=1, le=1000)
     """attempts that may end before their time; default: the service's"""
     expires_in_s: float | None = Field(default=None, gt=0, le=1e9, examples=[86_400.0])
@@ -182,6 +181,7 @@ def job_routes() -> APIRouter:
     router.add_api_route("", _submit, methods=["POST"], response_model=Job, status_code=201)
     router.add_api_route("", _list_jobs, response_model=Page[Job])
     router.add_api_route("/{job_id}", _one_job, response_model=Job)
+    router.add_api_route("/{job_id}", _edit, methods=["PATCH"], response_model=Job)
     router.add_api_route("/{job_id}/cancel", _cancel, methods=["POST"], response_model=Job, status_code=202)
     router.add_api_route("/{job_id}/pause", _pause, methods=["POST"], response_model=Job, status_code=202)
     router.add_api_route("/{job_id}/resume", _resume, methods=["POST"], response_model=Job, status_code=202)
@@ -291,9 +291,31 @@ def _list_jobs(
     return Page(data=page, next_cursor=next_cursor, has_more=has_more)
 
 
-def _one_job(job: JobOf) -> Job:
-    """One job as it is now, with its attempts."""
+def _one_job(response: Response, job: JobOf) -> Job:
+    """One job as it is now, with its attempts. `ETag` is of its name and labels alone: progress does not change it."""
+    response.headers["ETag"] = etag(job)
     return shown(job)
+
+
+def _edit(
+    request: Request,
+    response: Response,
+    asking: Asking,
+    job: JobOf,
+    edit: JobEdit,
+    if_match: Annotated[
+        str | None, Header(max_length=1000, description="the job's `ETag`, as it was looked at")
+    ] = None,
+) -> Job:
+    """Give a job, ended ones too, another name, or these labels for all that it has.
+
+    With `If-Match` only where name and labels are still those of that `ETag`; else 412, and nothing is changed.
+    """
+    asking.require("submit", job.subject)
+    check = partial(check_unchanged, if_match)
+    edited = jobs_of(request).store.edit(job.id, name=edit.name, labels=edit.labels, check=check)
+    response.headers["ETag"] = etag(edited)
+    return shown(edited)
 
 
 def _cancel(request: Request, response: Response, asking: Asking, job: JobOf, how: Cancel | None = None) -> Job:
@@ -354,9 +376,8 @@ async def _some_events(jobs: Jobs, job: Job, after: int, wait_s: float) -> Event
     if not found and wait_s and job.state not in ENDED:
         async with aclosing(jobs.feed.follow(job.id, after, wait_s)) as follow:
             found = await anext(follow, [])
-    last = found[-1] if found else None
-    ended = _is_end(last) if last is not None else job.state in ENDED
-    return Events(data=[_safe(event) for event in found], next_after=after if last is None else last.id, ended=ended)
+    last = found[-1].id if found else after
+    return Events(data=[_safe(event) for event in found], next_after=last, ended=_are_last(job, found, last))
 
 
 async def _stream(jobs: Jobs, job: Job, after: int) -> AsyncGenerator[bytes]:
@@ -364,7 +385,7 @@ async def _stream(jobs: Jobs, job: Job, after: int) -> AsyncGenerator[bytes]:
     async with aclosing(jobs.feed.follow(job.id, after, _HEARTBEAT_S)) as follow:
         async for events in follow:
             yield b"".join(map(_as_sse, events)) or KEEPALIVE_COMMENT
-            if events and _is_end(events[-1]):
+            if _are_last(job, events, events[-1].id if events else after):
                 return
 
 
@@ -372,6 +393,12 @@ def _as_sse(event: Event) -> bytes:
     event = _safe(event)
     data = json.dumps({"time": event.time} | event.data)
     return format_sse_event(data_str=data, event=event.event, id=str(event.id))
+
+
+def _are_last(job: Job, events: Sequence[Event], last: int) -> bool:
+    """Whether a job, as it was before its events up to `last` were read, ended with them; edits may come after the
+    end, and whoever asks again gets them."""
+    return last >= job.last_event if job.state in ENDED else any(map(_is_end, events))
 
 
 def _is_end(event: Event) -> bool:

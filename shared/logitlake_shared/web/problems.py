@@ -67,6 +67,7 @@ CODES = {
         Code("not_acceptable", 406, "No such representation", "`Accept` one of the media types in `detail`"),
         Code("conflict", 409, "It is in another state", "look at it again, then decide"),
         Code("fingerprint_mismatch", 409, "These do not belong together", "`detail` names the field that differs"),
+        Code("precondition_failed", 412, "It was changed meanwhile", "look at it again; send its `ETag` as `If-Match`"),
         Code("body_too_large", 413, "The body is too large", "send less than `detail` says"),
         Code("range_not_satisfiable", 416, "That part is not there", "`Content-Range` says how much there is"),
         Code("misdirected", 421, "Another host was asked for", "use a name that this service answers to"),

@@ -183,6 +183,12 @@ def test_a_job_is_submitted_followed_and_read(api: Api, capture: Callable[..., d
         assert list(client.jobs.events(job["id"])) == list(client.jobs.stream(job["id"]))
         assert "samples" in client.jobs.logs(job["id"])
         assert [one["id"] for one in client.jobs.all(label="a:b")] == [job["id"]]
+        edited = client.jobs.edit(job["id"], name="m", labels={"c": "d"}, tag=done["tag"])
+        assert (edited["name"], edited["labels"]) == ("m", {"c": "d"})
+        assert client.jobs.edit(job["id"], labels={})["name"] == "m"
+        with pytest.raises(ServiceError) as caught:
+            client.jobs.edit(job["id"], name="x", tag=done["tag"])
+        assert caught.value.code == "precondition_failed"
         with pytest.raises(ServiceError) as caught:
             client.jobs.cancel(job["id"])
         assert caught.value.code == "conflict"

@@ -1,5 +1,6 @@
 """The command lines against `--server URL` say what they say of the lake itself."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,11 @@ def test_jobs_of_a_service(
     assert '"state": "succeeded"' in teacher(*jobs, "get", job).out
     assert "samples" in teacher(*jobs, "logs", job).out
     assert teacher(*jobs, "wait", job).code == 0
+    labelled = teacher(*jobs, "label", job, "tier=1", "team=b", "--name", "daily")
+    assert json.loads(labelled.out)["labels"] == {"team": "b", "tier": "1"}
+    assert json.loads(teacher(*jobs, "label", job, "--remove", "team").out)["labels"] == {"tier": "1"}
+    assert "daily" in teacher(*jobs, "ls", "--label", "tier=1").out
+    assert "expected NAME=VALUE" in teacher(*jobs, "label", job, "tier").err
     ended = teacher(*jobs, "cancel", job)
     assert ended.code == 2
     assert "nothing to cancel" in ended.err

@@ -36,12 +36,12 @@ def made(store: JobStore, **fields: Any) -> Job:
     return store.submit(new(**fields), "tok_a")[0]
 
 
-def in_state(store: JobStore, state: JobState) -> Job:
+def in_state(store: JobStore, state: JobState, **fields: Any) -> Job:
     """A job that came into this state by the shortest way."""
     ways = {(): JobState.QUEUED}
     while state not in ways.values():
         ways |= {(*way, to): to for way, here in list(ways.items()) for to in NEXT[here]}
-    job = made(store)
+    job = made(store, **fields)
     for to in next(way for way, here in ways.items() if here is state):
         job = store.begin_attempt(job.id) if to is JobState.VALIDATING else store.move(job.id, to)
     return job
@@ -206,3 +206,44 @@ def test_what_is_heard_of_an_attempt_is_kept_with_how_far_its_log_was_read(store
     found = store.find(job.id)
     assert found is not None
     assert (found.counts, found.figures, found.attempts[0].log_offset) == (counts, {"tokens": 5}, 123)
+
+
+@pytest.mark.parametrize("state", list(JobState))
+def test_name_and_labels_are_edited_in_every_state(store: JobStore, state: JobState) -> None:
+    """One event for what changed and none for what did not; the tag changes with it, and with no state."""
+    job = in_state(store, state, name="a", labels={"team": "x"})
+    assert job.tag == made(store, name="a", labels={"team": "x"}).tag
+    edited = store.edit(job.id, name="b", labels={"tier": "1"})
+    assert (edited.name, edited.labels, edited.state) == ("b", {"tier": "1"}, state)
+    assert store.edit(job.id, name="b") == store.edit(job.id, labels={"tier": "1"}) == store.edit(job.id) == edited
+    events = store.events(job.id, job.last_event, 10)
+    assert [(event.event, event.data) for event in events] == [("edited", {"name": "b", "labels": {"tier": "1"}})]
+    assert edited.tag != job.tag
+    assert [found.id for found in store.page(9, label=("tier", "1"))] == [job.id]
+    assert job.id not in [found.id for found in store.page(9, label=("team", "x"))]
+    assert store.edit(job.id, name="a", labels={"team": "x"}).tag == job.tag
+
+
+def test_what_an_edit_is_checked_for_holds_while_it_is_made(store: JobStore) -> None:
+    """Of many who saw the same job and edit it at once, one does; the others change nothing."""
+    job, barrier = made(store), threading.Barrier(PARALLEL)
+
+    def unchanged(found: Job) -> None:
+        if found.tag != job.tag:
+            raise JobStateError("it is another")
+
+    def edit(number: int) -> bool:
+        barrier.wait()
+        try:
+            store.edit(job.id, name=str(number), labels={"by": str(number)}, check=unchanged)
+        except JobStateError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        did = list(pool.map(edit, range(PARALLEL)))
+    assert did.count(True) == 1
+    edited = store.find(job.id)
+    assert edited is not None
+    assert edited.name == edited.labels["by"] == str(did.index(True))
+    assert [event.event for event in store.events(job.id, 0, 99)].count("edited") == 1

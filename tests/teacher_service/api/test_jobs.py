@@ -247,14 +247,63 @@ def test_every_route_of_a_job_is_behind_the_door(
     for route in of_jobs:
         path = route.path.replace("{job_id}", job).replace("{order}", "pause")
         (method,) = route.methods
-        needs_submit = method == "POST" or path.endswith("/logs")
+        needs_submit = method in ("POST", "PATCH") or path.endswith("/logs")
+        body = {} if method == "PATCH" else None
 
-        def ask(who: str, method: str = method, path: str = path) -> int:
-            return client.request(method, path, headers=headers[who], follow_redirects=False).status_code
+        def ask(who: str, method: str = method, path: str = path, body: Any = body) -> int:
+            return client.request(method, path, headers=headers[who], json=body, follow_redirects=False).status_code
 
         assert (ask("nobody"), ask("foreign")) == (401, 404), route.path
         assert (ask("reader") == 403) == needs_submit, route.path
         assert ask("submit") in (200, 202, 204, 303, 409), route.path
+
+
+def test_name_and_labels_are_edited_and_nobody_overwrites_another(
+    api: Api, capture: Callable[..., dict[str, Any]]
+) -> None:
+    """Labels as a whole, in an ended job too; the tag is of these two alone, so progress does not change it."""
+    client = api()
+    made = client.post("/v1/jobs", json=capture() | {"name": "first", "labels": {"team": "a", "tier": "1"}}).json()
+    path = f"/v1/jobs/{made['id']}"
+    until(client, made["id"], *ENDED)
+    tag = client.get(path).headers["etag"]
+    assert tag == f'"{made["tag"]}"'
+    edited = client.patch(path, json={"labels": {"team": "b"}}, headers={"If-Match": f'"other", {tag}'})
+    assert (edited.status_code, edited.json()["name"], edited.json()["labels"]) == (200, "first", {"team": "b"})
+    assert edited.headers["etag"] not in (tag, None)
+    assert edited.headers["etag"] == client.get(path).headers["etag"]
+    for stale in (tag, "other", "W/" + edited.headers["etag"], ""):
+        late = client.patch(path, json={"name": "late"}, headers={"If-Match": stale})
+        assert (late.status_code, late.json()["code"]) == (412, "precondition_failed"), stale
+        assert late.headers["etag"] == edited.headers["etag"]
+    assert client.patch(path, json={"name": "last"}, headers={"If-Match": "*"}).json()["labels"] == {"team": "b"}
+    assert client.patch(path, json={}).json()["name"] == "last"
+    for label, found in (("team:b", ["last"]), ("team:a", []), ("tier:1", [])):
+        assert [job["name"] for job in client.get("/v1/jobs", params={"label": label}).json()["data"]] == found
+    for wrong in ({"name": "x" * 101}, {"labels": {"a": 1}}, {"state": "queued"}, {"labels": {"a" * 64: ""}}):
+        assert client.patch(path, json=wrong).json()["code"] == "invalid_request"
+    assert client.patch("/v1/jobs/job_none", json={}).status_code == 404
+
+
+def test_an_edit_after_the_end_is_the_last_event_by_both_roads(
+    api: Api, capture: Callable[..., dict[str, Any]]
+) -> None:
+    """Neither road ends before it, nor waits for more behind it."""
+    client = api()
+    job = until(client, client.post("/v1/jobs", json=capture()).json()["id"], *ENDED)
+    path = f"/v1/jobs/{job['id']}"
+    client.patch(path, json={"name": "found later"})
+    polled = client.get(f"{path}/events", params={"wait": 30}).json()
+    assert polled["ended"]
+    assert [event["event"] for event in polled["data"][-2:]] == ["state", "edited"]
+    assert polled["data"][-1]["data"] == {"name": "found later"}
+    for last in (0, job["last_event"]):
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(last)}
+        with client.stream("GET", f"{path}/events", headers=headers) as answer:
+            lines = [line for line in answer.iter_lines() if line.startswith("event: ")]
+        assert lines[-1] == "event: edited"
+    headers["Last-Event-ID"] = str(polled["next_after"])
+    assert client.get(f"{path}/events", headers=headers).status_code == 204
 
 
 def test_a_service_without_jobs_says_nothing_of_them(teacher: Any) -> None:
