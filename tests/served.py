@@ -13,10 +13,10 @@ _START_S = 30.0
 
 
 @contextmanager
-def served(app: Any) -> Iterator[str]:
-    """Its address, on a free port, while the context lasts."""
+def served(app: Any, **settings: Any) -> Iterator[str]:
+    """Its address, on a free port, while the context lasts. `settings` are uvicorn's."""
     started = threading.Event()
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", **settings))
     startup = server.startup
 
     async def announce(*arguments: Any, **keywords: Any) -> None:

@@ -1,9 +1,11 @@
-"""How much a service takes at once: bytes of a body, requests of one principal, requests of all.
+"""How much a service takes at once: bytes of a body, requests of one principal, requests of all. And how long a body
+may take to come: who sends one byte by byte would keep a place for ever.
 
 An answer that goes on for as long as somebody listens is a stream, counted by itself: a thousand who follow a job keep
 nobody from asking.
 """
 
+import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -60,18 +62,29 @@ class Limits:
             slot.free()
 
     def bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive`, of a body that is counted while it comes. Raises `Problem` `body_too_large`, at once where the
-        request says so itself."""
-        most = self._settings.max_body_bytes
+        """`receive`, of a body that is counted while it comes, and waited for no longer than `request_s`.
+
+        Raises `Problem` `body_too_large`, at once where the request says so itself, and `request_timeout`. After the
+        body it is the end of the connection that is waited for, which may take its time.
+        """
+        most, within_s = self._settings.max_body_bytes, self._settings.request_s
         told = Headers(scope=scope).get("content-length", "0")
         if told.isdecimal() and int(told) > most:
             raise _too_large(most)
-        seen = 0
+        deadline = asyncio.get_running_loop().time() + within_s
+        seen, is_whole = 0, False
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, is_whole
+            try:
+                async with asyncio.timeout_at(None if is_whole else deadline):
+                    message = await receive()
+            except TimeoutError:
+                detail = f"{seen:,} bytes of the body came within {within_s:g} s, and not its end"
+                # What still comes of it is nobody's request: the connection cannot be used again.
+                raise Problem("request_timeout", detail, headers={"Connection": "close"}) from None
             seen += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
             if seen > most:
                 raise _too_large(most)
             return message

@@ -65,6 +65,7 @@ CODES = {
         ),
         Code("method_not_allowed", 405, "Another method is wanted", "`Allow` names the methods"),
         Code("not_acceptable", 406, "No such representation", "`Accept` one of the media types in `detail`"),
+        Code("request_timeout", 408, "The request did not come", "send its body faster, or less of it", retryable=True),
         Code("conflict", 409, "It is in another state", "look at it again, then decide"),
         Code("fingerprint_mismatch", 409, "These do not belong together", "`detail` names the field that differs"),
         Code("precondition_failed", 412, "It was changed meanwhile", "look at it again; send its `ETag` as `If-Match`"),

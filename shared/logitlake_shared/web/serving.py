@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.web.app import Service
+from logitlake_shared.web.connections import bounded_protocol
 from logitlake_shared.web.doors import check_listening
 from logitlake_shared.web.logs import log_to
 
@@ -44,6 +45,7 @@ def serve(app: FastAPI) -> None:
     click.echo(f"{app.title} listens on http://{shown}:{port}" + (" (no tokens: this machine only)" if is_open else ""))
     config = uvicorn.Config(
         app,
+        http=bounded_protocol(settings.request_s),
         log_config=None,
         access_log=False,
         server_header=False,

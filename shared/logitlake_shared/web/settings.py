@@ -23,6 +23,8 @@ class ServiceSettings(StrictModel):
     """file of the tokens that open the service; made by `token create`. Without it only this machine gets in"""
     max_body_bytes: int = Field(default=2**20, gt=0)
     """largest body of a request"""
+    request_s: float = Field(default=60.0, gt=0)
+    """seconds that the headers of a request may take to come, and then its body; answers have bounds of their own"""
     requests_per_minute: int = Field(default=6000, gt=0)
     """requests that one token may make, in the long run; a tenth of it at once"""
     max_concurrent: int = Field(default=256, gt=0)

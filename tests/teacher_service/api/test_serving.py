@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tomllib
@@ -51,6 +52,20 @@ def test_a_service_serves_until_it_is_asked_to_end(small_lake: Path, tmp_path: P
     assert process.returncode in (0, -signal.SIGTERM)
     messages = [json.loads(line)["message"] for line in err.splitlines()]
     assert "GET /v1/caches" in messages
+
+
+def test_whoever_never_ends_a_request_is_hung_up_on(small_lake: Path, tmp_path: Path) -> None:
+    """Half of the headers: closed without a word; half of a body: a problem."""
+    half = b"POST /v1/sql HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 9\r\n"
+    with serving(tmp_path, "service.request_s=0.3", lake=small_lake) as (_, url):
+        port = int(url.rpartition(":")[2])
+        for sent, expected in ((half, b""), (half + b"\r\n{", b"HTTP/1.1 408 ")):
+            with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as connection:
+                connection.sendall(sent)
+                said = b""
+                while data := connection.recv(2**16):
+                    said += data
+            assert said[: len(expected) or None] == expected
 
 
 def test_the_lake_command_asks_a_service_with_a_token(
