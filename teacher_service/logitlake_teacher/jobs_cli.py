@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,9 +30,28 @@ __all__ = ["jobs"]
 # Between two looks at a log.
 _LOOK_S = 1.0
 
+_KINDS = ("capture", "pairs")
 _ADDRESS = click.option("--address", metavar="URL", help="http(s)://head:8265 of the cluster; default: RAY_ADDRESS.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _FOLLOW = click.option("--follow", is_flag=True, help="Show the log until the job ends, and exit as it does.")
+
+
+@click.command(name="plan")
+@click.argument("config", type=click.Path(path_type=Path), metavar="CONFIG.toml")
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+@click.option("--kind", type=click.Choice(_KINDS), default=_KINDS[0], show_default=True, help="What CONFIG.toml is of.")
+@_JSON
+@click.pass_obj
+def served_plan(server: str, config: Path, overrides: tuple[str, ...], kind: str, as_json: bool) -> None:
+    """Have the service say what a job would do and take; nothing is captured."""
+    from logitlake_shared.client import Client
+    from logitlake_shared.config import load_document
+    from logitlake_teacher.planning.report import PlanReport, report_lines
+
+    with Client(server) as client:
+        job = client.jobs.plan(kind, load_document(config, overrides))
+        report = PlanReport.model_validate(client.jobs.wait(job["id"])["result"])
+    click.echo(report.model_dump_json() if as_json else "\n".join(report_lines(report)))
 
 
 class _Jobs(click.Group):
@@ -46,7 +66,9 @@ class _Jobs(click.Group):
         return sorted(self._commands(ctx))
 
     def _commands(self, context: click.Context) -> Mapping[str, click.Command]:
-        return self.commands if context.params.get("server") is None else service_jobs("capture", "pairs").commands
+        if context.params.get("server") is None:
+            return self.commands
+        return {**service_jobs(*_KINDS).commands, "plan": served_plan}
 
 
 @click.group(cls=_Jobs)

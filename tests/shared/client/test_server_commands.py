@@ -56,9 +56,15 @@ def test_jobs_of_a_service(
     path = teacher_world.folder / "job.toml"
     path.write_text(tomli_w.dumps(capture("main")["config"]))
     jobs = ("jobs", "--server", url)
+    planned = teacher(*jobs, "plan", str(path))
+    assert planned.code == 0, planned.err
+    assert "samples in" in planned.out
+    digest = json.loads(teacher(*jobs, "plan", str(path), "--json").out)["plan_digest"]
+    assert teacher(*jobs, "submit", str(path), "--plan-digest", "0" * 12, "--follow").code != 0
     followed = run_command(
-        "logitlake-teacher", *jobs, "submit", str(path), "--name", "nightly", "--label", "team=a", "--follow"
-    )
+        "logitlake-teacher", *jobs, "submit", str(path), "--plan-digest", digest, "--name", "nightly",
+        "--label", "team=a", "--follow",
+    )  # fmt: skip
     assert followed.code == 0, followed.err
     job = followed.out.strip()
     assert "succeeded" in followed.err
