@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 
-__all__ = ["is_id", "new_id"]
+__all__ = ["is_id", "least_id", "new_id"]
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _LENGTH = 26  # 130 bits for 128
@@ -31,6 +31,15 @@ def new_id(kind: str) -> str:
             if random_bits >> _RANDOM_BITS:
                 milliseconds, random_bits = milliseconds + 1, 0
         _last = milliseconds, random_bits
+    return _spelled(kind, milliseconds, random_bits)
+
+
+def least_id(kind: str, seconds: float) -> str:
+    """No id of this kind that is made at that time (since the epoch) or later sorts before it."""
+    return _spelled(kind, max(int(seconds * 1000), 0), 0)
+
+
+def _spelled(kind: str, milliseconds: int, random_bits: int) -> str:
     number = milliseconds << 80 | 7 << 76 | random_bits >> 62 << 64 | 0b10 << 62 | random_bits & (1 << 62) - 1
     digits = []
     for _ in range(_LENGTH):

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from logitlake_shared.errors import ConfigError, JobStateError, JobSubmitError
-from logitlake_shared.ids import new_id
+from logitlake_shared.ids import least_id, new_id
 from logitlake_shared.jobs.records import Attempt, Counts, Event, Job, JobFault, JobState, NewJob, Outcome, Wish
 from logitlake_shared.jobs.states import ENDED, NEXT
 
@@ -116,15 +116,19 @@ class JobStore:
         sees: Callable[[str], bool] | None = None,
         *,
         before: str | None = None,
+        created_after: float | None = None,
         state: JobState | None = None,
         kind: str | None = None,
         subject: str | None = None,
         label: tuple[str, str] | None = None,
     ) -> list[Job]:
-        """Up to `limit` jobs, the newest first, without their attempts: those that came before job `before`, are what
-        is asked for, and whose subject `sees` says yes to."""
+        """Up to `limit` jobs, the newest first, without their attempts: those that came before job `before` and not
+        before `created_after` (seconds since the epoch), are what is asked for, and whose subject `sees` says yes to.
+        """
         parts, values = ["TRUE"], []
-        for column, value in (("id <", before), ("state =", state), ("kind =", kind), ("subject =", subject)):
+        first = None if created_after is None else least_id("job", created_after)
+        asked = (("id <", before), ("id >=", first), ("state =", state), ("kind =", kind), ("subject =", subject))
+        for column, value in asked:
             if value is not None:
                 parts.append(f"{column} ?")
                 values.append(str(value))

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -276,16 +276,30 @@ def _list_jobs(
     kind: Annotated[str | None, Query(max_length=100)] = None,
     subject: Annotated[str | None, Query(max_length=200, description="the cache or run that they write")] = None,
     label: Annotated[str | None, Query(max_length=264, pattern="^[^:]+:.*$", description="`name:value`")] = None,
+    created_after: Annotated[
+        AwareDatetime | None, Query(description="submitted then or later", examples=["2026-11-27T00:00:00Z"])
+    ] = None,
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> Page[Job]:
     """The jobs that the token covers, the newest first."""
     asking.require("read")
-    of_list = f"jobs {state} {kind} {subject} {label}"
+    of_list = f"jobs {state} {kind} {subject} {label} {created_after}"
     before = None if cursor is None else decode_cursor(cursor, of_list)
     name, _, value = (label or "").partition(":")
     wanted = (name, value) if label else None
-    found = jobs_page(jobs_of(request), asking, limit + 1, before, state, kind=kind, subject=subject, label=wanted)
+    since = None if created_after is None else created_after.timestamp()
+    found = jobs_page(
+        jobs_of(request),
+        asking,
+        limit + 1,
+        before,
+        state,
+        kind=kind,
+        subject=subject,
+        label=wanted,
+        created_after=since,
+    )
     page, has_more = found[:limit], len(found) > limit
     next_cursor = encode_cursor(page[-1].id, of_list) if has_more else None
     return Page(data=page, next_cursor=next_cursor, has_more=has_more)

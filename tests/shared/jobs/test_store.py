@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -193,6 +194,11 @@ def test_lists_hold_what_is_asked_for_and_stay_whole_while_jobs_are_added(store:
     assert {job.subject for job in store.page(20, lambda subject: subject == "team-0")} == {"team-0"}
     assert len(store.page(20, kind="kind-1")) == 4
     assert [job.labels["place"] for job in store.page(20, label=("place", "7"))] == ["7"]
+    for job in jobs:
+        later = {other.id for other in jobs if other.created >= job.created}
+        assert later <= {other.id for other in store.page(20, created_after=job.created)}
+    assert len(store.page(20, created_after=-1.0)) == 13
+    assert store.page(20, created_after=time.time() + 60) == []
     store.move(jobs[3].id, JobState.PAUSED)
     assert [job.id for job in store.page(20, state=JobState.PAUSED)] == [jobs[3].id]
     assert store.counted()[JobState.PAUSED] == 1

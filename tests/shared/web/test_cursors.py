@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logitlake_shared.ids import is_id, new_id
+from logitlake_shared.ids import is_id, least_id, new_id
 from logitlake_shared.web.cursors import encode_cursor, page_of
 from logitlake_shared.web.problems import Problem
 
@@ -48,6 +48,10 @@ def test_ids_sort_by_their_time() -> None:
         ids.append(new_id("job"))
         time.sleep(0.002)  # their clock is a millisecond's
     assert ids == sorted(ids)
+    now = time.time()
+    assert ids[-1] < least_id("job", now + 1)
+    assert least_id("job", now) <= new_id("job")
+    assert least_id("job", -1) < ids[0]
     assert len({new_id("job") for _ in range(1000)}) == 1000
     assert all(is_id(one, "job") and not is_id(one, "qry") for one in ids)
     assert not is_id("job_x", "job")
