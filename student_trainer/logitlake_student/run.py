@@ -45,6 +45,7 @@ from logitlake_student.config import (
 from logitlake_student.explained import memory_explained, room_explained, writing_explained
 from logitlake_student.output_lock import output_lock
 from logitlake_student.ranks import first_rank_first, is_first_rank, join_ranks, wait_for_ranks, world_size
+from logitlake_student.step_meter import StepMeter
 from logitlake_student.stopping import StopRequest, stop_on_sigterm
 
 __all__ = ["StageRun", "plan_run", "train_run"]
@@ -246,6 +247,7 @@ def _train_stage(config: TrainConfig, run: StageRun, steps: "StepsTold", stop: S
             config=config,
             identity=run.identity,
             advance=advance,
+            meter=steps.meter,
             stop=stop,
         )
         trainer.take_up_records(done_steps)
@@ -253,6 +255,7 @@ def _train_stage(config: TrainConfig, run: StageRun, steps: "StepsTold", stop: S
             advance(done_steps)
         with memory_explained(config):
             trainer.train(resume_from_checkpoint=str(newest[1]) if newest is not None else None)
+    steps.tell_measured()  # the last line of metrics came after the last step
     if trainer.state.global_step < stage.steps:
         stop.check()
 
@@ -283,9 +286,10 @@ def _train_stage(config: TrainConfig, run: StageRun, steps: "StepsTold", stop: S
 
 
 class StepsTold:
-    """The optimiser steps of a run, for whoever started it."""
+    """The optimiser steps of a run and what they take, for whoever started it."""
 
     def __init__(self, runs: Sequence[StageRun]) -> None:
+        self.meter = StepMeter()
         self._done = {run.stage.type: run.stage.steps if run.is_done() else 0 for run in runs}
         self._total = sum(run.stage.steps for run in runs)
 
@@ -298,9 +302,15 @@ class StepsTold:
 
         def tell(num: int, **figures: Any) -> None:
             self._done[name] += num
-            say_sometimes(counts=self._counts(), figures={"stage": name, "step": self._done[name]} | figures)
+            now = {"stage": name, "step": self._done[name]}
+            say_sometimes(counts=self._counts(), figures=now | figures, measured=self.meter.told())
 
         return tell
+
+    def tell_measured(self) -> None:
+        """Tells what was measured."""
+        if is_first_rank():
+            say_sometimes(measured=self.meter.told())
 
     def _counts(self) -> dict[str, int]:
         return {"total": self._total, "committed": sum(self._done.values()), "failed": 0, "quarantined": 0}

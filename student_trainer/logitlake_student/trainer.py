@@ -53,6 +53,7 @@ from logitlake_student.objectives import (
 from logitlake_student.objectives.sums import add, sum_over_ranks
 from logitlake_student.ranks import is_first_rank, wait_for_ranks, world_size
 from logitlake_student.sharding import copy_whole, load_optimizer_state, optimizer_state, shard, whole
+from logitlake_student.step_meter import StepMeter
 from logitlake_student.stopping import StopRequest
 
 __all__ = ["StageTrainer", "micro_batches"]
@@ -70,7 +71,8 @@ _KEPT_CHECKPOINTS = 2
 class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """Trains `model` (already frozen for its stage) on `dataset` under one stage's configuration.
 
-    With `shards`, several ranks hold a part of the student each. `advance(1, **figures)` is called after every step.
+    With `shards`, several ranks hold a part of the student each. `advance(1, **figures)` is called after every step,
+    once `meter` knows what that took.
     Once `stop` asks for it, the step under way is the last, and its checkpoint is written. Raises `TrainingError` on a
     loss that is not finite.
     """
@@ -87,13 +89,15 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         config: TrainConfig,
         identity: dict[str, Any],
         advance: Callable[..., None],
+        meter: StepMeter,
         stop: StopRequest | None = None,
     ) -> None:
         device = config.device
         accumulated = micro_batches(stage, world_size())
-        self._stage, self._stage_dir, self._identity = stage, stage_dir, identity
+        self._stage, self._stage_dir, self._identity, self._meter = stage, stage_dir, identity, meter
         self._step_sums: dict[str, float] = defaultdict(float)
         self._num_summed = self._num_skipped = 0
+        self._num_tokens: Tensor | None = None
         self._sums: dict[str, float] = defaultdict(float)
         self._routing: RoutingSums | None = None
         self._staging: Path | None = None
@@ -140,7 +144,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._bias = _bias_of(stage, model, device)
         # After sharding: each rank averages what it holds.
         self._average = None if stage.ema_decay is None else MovingAverage(_trained(model), stage.ema_decay)
-        self.add_callback(_Progress(advance, self._latest, self._average))
+        self.add_callback(_Progress(self._step_ended, advance, self._latest, self._average))
         self.add_callback(_Bias(step, self._bias))
         self.add_callback(_Stop(stop or StopRequest()))
         self._shown: dict[str, Any] = {}
@@ -173,10 +177,13 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
         if self._next_batches is None:
             self._next_batches = self._reader.submit(fetch)
-        batches = self._next_batches.result()
+        with self._meter.waiting_for_data():
+            batches = self._next_batches.result()
         self._next_batches = self._reader.submit(fetch)
         step = self.model
-        counted = sum_over_ranks(add([step.objective.count(batch) for batch in batches]))
+        counts = [step.objective.count(batch) | {"tokens": batch["attention_mask"].sum()} for batch in batches]
+        counted = sum_over_ranks(add(counts))
+        self._num_tokens = counted["tokens"]
         surveyed = None
         if step.needs_survey and len(batches) > 1:
             with torch.no_grad():
@@ -254,6 +261,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             record["unreadable"] = unreadable
         if self._routing is not None:
             record["experts"] = self._experts(self._routing)
+            self._meter.routed([layer["load"] for layer in record["experts"]])
             if alerts := self._alert(step, record["experts"]):
                 record["alerts"] = alerts
         self._sums.clear()
@@ -305,6 +313,10 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             message = f"stage {self._stage.type}, step {step}: {alerts[0]}; raise `balance_weight`, or lower the "
             click.echo(f"warning: {message}learning rate ({METRICS} says how it goes on)", err=True)
         return alerts
+
+    def _step_ended(self) -> None:
+        assert self._num_tokens is not None  # every step takes its samples first
+        self._meter.step_ended(float(self._num_tokens))  # on a GPU this waits until the step is done
 
     def _latest(self) -> dict[str, Any]:
         return self._shown
@@ -465,13 +477,18 @@ def _flat(record: Mapping[str, Any]) -> dict[str, float]:
 
 class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     def __init__(
-        self, advance: Callable[..., None], figures: Callable[[], dict[str, Any]], average: MovingAverage | None
+        self,
+        ended: Callable[[], None],
+        advance: Callable[..., None],
+        figures: Callable[[], dict[str, Any]],
+        average: MovingAverage | None,
     ) -> None:
-        self._advance, self._figures, self._average = advance, figures, average
+        self._ended, self._advance, self._figures, self._average = ended, advance, figures, average
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._average is not None:
             self._average.update()
+        self._ended()
         self._advance(1, **self._figures())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -37,7 +37,7 @@ from logitlake_teacher.answers import Answer, answers_of
 from logitlake_teacher.engines.base import Engine
 from logitlake_teacher.items import PlannedSample, Unit
 from logitlake_teacher.unit_images import LoadImages, load_images
-from logitlake_teacher.unit_work import committed_record, crash_errors, images_of, in_order
+from logitlake_teacher.unit_work import Publish, committed_record, crash_errors, images_of, in_order
 
 __all__ = ["capture_unit"]
 
@@ -57,8 +57,10 @@ def capture_unit(
     crashed: Mapping[str, str],
     renderer: Renderer,
     load: LoadImages = load_images,
+    publish: Publish | None = None,
 ) -> CommitRecord:
-    """Captures a unit of samples and commits it; returns the commit record that counts.
+    """Captures a unit of samples and commits it, by the cache's own `publish_unit` unless another is given; returns the
+    commit record that counts.
 
     `crashed` maps the ids that are known to kill the teacher to what happened; they are not tried again. `renderer` is
     the one that the items were planned with. Raises `EngineError` if the teacher cannot go on, `DataError` if an image
@@ -77,7 +79,7 @@ def capture_unit(
             errors[item.item_id] = answer
         else:
             accepted.append(answer)
-    return cache.publish_unit(
+    return (publish or cache.publish_unit)(
         UnitResult(
             unit=unit.unit_id,
             images=images_of((answer.sample.image_sha256 for answer in accepted), images.encoded),

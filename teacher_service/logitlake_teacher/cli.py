@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import click
 
 from logitlake_shared.cli_support import config_command, progress, run_cli
+from logitlake_shared.jobs.measured import Meter
 from logitlake_shared.jobs.progress import is_heard, say, say_sometimes
 from logitlake_teacher.jobs_cli import jobs
 from logitlake_teacher.serve_cli import serve, token
 
 if TYPE_CHECKING:
-    from logitlake_schemas import CommitRecord
     from logitlake_teacher.config import CaptureConfig, PairsConfig
+    from logitlake_teacher.executors import Committed
     from logitlake_teacher.service import Prepared, Summary
 
 __all__ = ["cli", "main"]
@@ -126,14 +127,22 @@ def _run(config: CaptureConfig | PairsConfig, plan_digest: str | None) -> None:
         click.echo(f"{what}: going on, {committed} of {num_units} units are committed", err=True)
     with progress(f"{config.engine.type} teacher", units.num_items, noun) as advance:
         started, tokens, errors = time.monotonic(), 0, 0
+        meter = Meter()
 
-        def on_commit(record: CommitRecord) -> None:
+        def on_commit(done: Committed) -> None:
             nonlocal tokens, errors
-            tokens += sum(entry.tokens for entry in record.shards)
+            record = done.record
+            num_tokens = sum(entry.tokens for entry in record.shards)
+            tokens += num_tokens
             errors += sum(error.is_failure for error in record.errors)
             rate = tokens / max(time.monotonic() - started, 1e-9)
             counts.update(service.counts_of(record, units))
-            say_sometimes(counts=counts, figures={"tokens": tokens, "tokens_per_s": round(rate, 1)})
+            if done.commit_s is not None:
+                meter.add("teacher_tokens", num_tokens)
+                meter.add("shard_bytes", sum(entry.bytes for entry in record.shards))
+                meter.time("shard_commit_seconds", done.commit_s)
+            figures = {"tokens": tokens, "tokens_per_s": round(rate, 1)}
+            say_sometimes(counts=counts, figures=figures, measured=meter.told())
             advance(units.items_of(record.unit), tokens_per_s=f"{rate:.0f}", errors=errors)
 
         try:

@@ -29,7 +29,7 @@ from logitlake_shared.rendering import Renderer
 from logitlake_teacher.config import CaptureConfig, InlineExecutorConfig, MadePairs, PairsConfig
 from logitlake_teacher.engines import EngineSetup, identify_engine
 from logitlake_teacher.engines.facts import EngineFacts, engine_facts
-from logitlake_teacher.executors import build_executor, stop_on_signals
+from logitlake_teacher.executors import Committed, build_executor, stop_on_signals
 from logitlake_teacher.pairs import PAIRS_CODEC, PairMaker
 from logitlake_teacher.planning import OnProgress, Plan, Remaining, make_plan
 from logitlake_teacher.unit_work import temperatures_of
@@ -54,7 +54,7 @@ _SET_ASIDE = ("teacher_crashed", "teacher_timeout")
 # Digits by which a person may name a plan.
 _DIGEST_DIGITS = 12
 
-OnCommit = Callable[[CommitRecord], None]
+OnCommit = Callable[[Committed], None]
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ def run_units(config: CaptureConfig | PairsConfig, prepared: Prepared, units: Re
     start = time.monotonic()
     executor = build_executor(config.executor, config.engine)
     with stop_on_signals(config.executor.grace_s) as stop:
-        for record in executor.run(units, partial(UnitWorker, job), stop):
-            on_commit(record)
+        for done in executor.run(units, partial(UnitWorker, job), stop):
+            on_commit(done)
     return time.monotonic() - start
 
 

@@ -4,7 +4,7 @@ What the teacher returns is checked before it may be written; whatever fails bec
 gap.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from logitlake_schemas import (
 from logitlake_shared.draws import check_draws
 from logitlake_shared.errors import EngineError
 from logitlake_shared.images import DecodedImage
-from logitlake_shared.lake import Cache
+from logitlake_shared.lake import Cache, UnitResult
 from logitlake_shared.rows import LakeImage
 from logitlake_shared.teacher_checks import check_rows
 from logitlake_shared.topk import DrawnRows, TeacherRows, concatenate
@@ -30,6 +30,7 @@ from logitlake_teacher.items import Item, PlannedSample, Unit
 
 __all__ = [
     "Errors",
+    "Publish",
     "accept",
     "accept_all",
     "committed_record",
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 Errors = dict[str, UnitError]
+Publish = Callable[[UnitResult], CommitRecord]
+"""`Cache.publish_unit`, or something around it"""
 
 
 def committed_record(cache: Cache, unit: Unit) -> CommitRecord | None:

@@ -6,6 +6,7 @@ itself is asked by one thread at a time, unless its engine says that it can be s
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from typing import TypeVar
 from logitlake_schemas import CacheKind, CommitRecord
 from logitlake_schemas.records import EngineIdentity
 from logitlake_shared.errors import LakeConflictError
-from logitlake_shared.lake import Lake
+from logitlake_shared.lake import Cache, Lake, UnitResult
 from logitlake_shared.rendering import Renderer
 from logitlake_teacher.answers import answers_of
 from logitlake_teacher.capture import capture_unit
 from logitlake_teacher.config import EngineConfig, ImagesConfig
 from logitlake_teacher.engines import EngineSetup, build_engine
 from logitlake_teacher.engines.base import Engine, Generation, SampleProblem, Sampling, ScoredSample, ScoreRequest
+from logitlake_teacher.executors.base import Committed
 from logitlake_teacher.items import Item, Unit
 from logitlake_teacher.pairs import capture_pairs_unit, pair_producer
 from logitlake_teacher.unit_images import GuardedImages
@@ -56,18 +58,21 @@ class UnitWorker:
             nullcontext() if getattr(self._engine, "concurrent", False) else threading.Lock()
         )
 
-    def run(self, unit: Unit, crashed: Mapping[str, str], pieces: int = 1) -> CommitRecord:
+    def run(self, unit: Unit, crashed: Mapping[str, str], pieces: int = 1) -> Committed:
         """Captures and commits the unit; see `executors.base.Worker`."""
         engine = _SharedEngine(self._engine, self._turn, pieces)
+        cache, images, publish = self._cache, self._images, _TimedPublish(self._cache)
         try:
             if self._pairs is not None:
-                return capture_pairs_unit(self._pairs, engine, unit, self._cache, crashed, self._images)
-            return capture_unit(engine, unit, self._cache, crashed, self._renderer, self._images)
+                record = capture_pairs_unit(self._pairs, engine, unit, cache, crashed, images, publish)
+            else:
+                record = capture_unit(engine, unit, cache, crashed, self._renderer, images, publish)
         except LakeConflictError as conflict:
             # Two workers did one unit, and the teacher does not repeat itself bit for bit (bf16, another batch). What
             # is committed is as good as ours.
             _LOG.warning("%s", conflict)
-            return self._cache.commit(unit.unit_id)
+            record = cache.commit(unit.unit_id)
+        return Committed(record, publish.seconds)
 
     def probe(self, items: Sequence[Item]) -> None:
         """Scores the items and forgets the answers: does the teacher survive them?"""
@@ -83,6 +88,20 @@ class UnitWorker:
         """Frees the engine, and what loads and decodes images."""
         self._engine.close()
         self._images.close()
+
+
+class _TimedPublish:
+    """`Cache.publish_unit`, and the seconds that it took once it came to its end."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self.seconds: float | None = None
+
+    def __call__(self, result: UnitResult) -> CommitRecord:
+        start = time.monotonic()
+        record = self._cache.publish_unit(result)
+        self.seconds = time.monotonic() - start
+        return record
 
 
 Answer = TypeVar("Answer")

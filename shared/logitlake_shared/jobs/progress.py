@@ -6,7 +6,9 @@ run hands back (a file here, an HTTP route of a Ray cluster there), and whoever 
 pieces, hears everything once.
 
 Said so far: `phase` (validating, running, finalizing); `counts` (`total` items of the work, how many are `committed`,
-whoever did them, and how many of those `failed` or are `quarantined`); `figures`; `result`; `fault`.
+whoever did them, and how many of those `failed` or are `quarantined`); `figures`, for people; `measured`, for sums
+over many attempts (`jobs.measured`); `result`; `fault`. A log is text, and anybody may have written it: what cannot be
+meant so is not heard.
 """
 
 import json
@@ -14,17 +16,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from logitlake_shared.errors import LogitLakeError
+from logitlake_shared.jobs.measured import sound
 
-__all__ = ["MARK", "VARIABLE", "faults_told", "is_heard", "parse_lines", "say", "say_sometimes"]
+__all__ = ["MARK", "PHASES", "VARIABLE", "faults_told", "is_heard", "parse_lines", "say", "say_sometimes"]
 
 VARIABLE = "LOGITLAKE_PROGRESS"
 MARK = b"@progress "
 """how such a line begins"""
+PHASES = ("validating", "running", "finalizing")
+_COUNTS = ("total", "committed", "failed", "quarantined")
 _EVERY_S = 1.0
 
 _last_said = 0.0
@@ -73,7 +78,7 @@ def _say_what_waits() -> None:
 
 @contextmanager
 def faults_told() -> Iterator[None]:
-    """Around a command: an error that ends it is told."""
+    """Around a command: an error that ends it is told, and what waits to be."""
     try:
         yield
     except LogitLakeError as error:
@@ -82,16 +87,48 @@ def faults_told() -> Iterator[None]:
     except Exception as error:
         say(fault={"error": "Crashed", "message": f"{type(error).__name__}: {error}"})
         raise
+    finally:
+        _say_what_waits()
 
 
 def parse_lines(data: bytes) -> tuple[list[Mapping[str, Any]], int]:
     """What the whole lines of a piece of a log tell, and the bytes up to the end of the last of them."""
     whole = data.rfind(b"\n") + 1
-    said = []
+    said: list[Mapping[str, Any]] = []
     for line in data[:whole].splitlines():
         if line.startswith(MARK):
             try:
-                said.append(json.loads(line[len(MARK) :]))
-            except ValueError:
+                said.append(_meant(json.loads(line[len(MARK) :])))
+            except (ValueError, RecursionError):
                 continue  # two processes wrote at once: the next line tells it anew
     return said, whole
+
+
+def _meant(line: object) -> dict[str, Any]:
+    if not isinstance(line, dict):
+        return {}
+    facts = {name: line[name] for name, can_be in _FACTS.items() if name in line and can_be(line[name])}
+    return facts | ({"measured": sound(facts["measured"])} if "measured" in facts else {})
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, dict) and all(type(value.get(name)) is int and value[name] >= 0 for name in _COUNTS)
+
+
+def _is_fault(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("error", "message"))
+
+
+_FACTS: Mapping[str, Callable[[object], bool]] = {
+    "phase": PHASES.__contains__,
+    "counts": _are_counts,
+    "figures": _is_object,
+    "measured": _is_object,
+    "result": _is_object,
+    "fault": _is_fault,
+}
+"""what a line may say, and whether a value can be meant"""

@@ -19,6 +19,8 @@ from pydantic import BaseModel
 
 from logitlake_shared.errors import ConfigError, JobStateError, JobSubmitError
 from logitlake_shared.ids import least_id, new_id
+from logitlake_shared.jobs.measured import Measured
+from logitlake_shared.jobs.observer import Observer
 from logitlake_shared.jobs.records import Attempt, Counts, Event, Job, JobFault, JobState, NewJob, Outcome, Wish
 from logitlake_shared.jobs.states import ENDED, NEXT
 
@@ -38,6 +40,9 @@ CREATE INDEX IF NOT EXISTS jobs_that_expire ON jobs (expires) WHERE expires IS N
 CREATE TABLE IF NOT EXISTS attempts (
     job TEXT NOT NULL, number INTEGER NOT NULL, started REAL NOT NULL, ended REAL, exit_code INTEGER,
     log_offset INTEGER NOT NULL, asked_to_end REAL, PRIMARY KEY (job, number)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS measured (
+    job TEXT NOT NULL, attempt INTEGER NOT NULL, figures TEXT NOT NULL, PRIMARY KEY (job, attempt)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS labels (
     name TEXT NOT NULL, value TEXT NOT NULL, job TEXT NOT NULL, PRIMARY KEY (name, value, job)
@@ -64,6 +69,7 @@ class JobStore:
         self._local = threading.local()
         self.on_change: Callable[[str], None] = lambda _: None
         """called with a job's id after a change of it is there to be read"""
+        self.observer = Observer()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -102,6 +108,7 @@ class JobStore:
             _label(connection, job_id, job.labels)
             _tell(connection, job_id, "state", {"from": None, "to": JobState.QUEUED})
             made = self._one(connection, job_id)
+        self.observer.moved(None, JobState.QUEUED)
         self.on_change(job_id)
         return made, False
 
@@ -198,6 +205,7 @@ class JobStore:
             told = {"from": job.state, "to": to} | ({"reason": reason} if reason else {})
             _tell(connection, job_id, "state", told | ({} if fault is None else {"fault": fault.model_dump()}))
             moved = self._one(connection, job_id)
+        self.observer.moved(job.state, to)
         self.on_change(job_id)
         return moved
 
@@ -257,6 +265,7 @@ class JobStore:
             _tell(connection, job_id, "attempt", {"number": number})
             _tell(connection, job_id, "state", {"from": job.state, "to": JobState.VALIDATING})
             begun = self._one(connection, job_id)
+        self.observer.moved(job.state, JobState.VALIDATING)
         self.on_change(job_id)
         return begun
 
@@ -274,23 +283,30 @@ class JobStore:
         counts: Counts | None = None,
         baseline: Mapping[str, int] | None = None,
         figures: Mapping[str, Any] | None = None,
+        measured: Measured | None = None,
         result: Mapping[str, Any] | None = None,
         fault: JobFault | None = None,
     ) -> None:
         """Writes down what an attempt said of itself, and up to where its log was read: nothing is counted twice.
 
-        A `fault` is the job's own once it failed (`move`).
+        A `fault` is the job's own once it failed (`move`). What was `measured` is the attempt's.
         """
         changes = {"counts": counts, "baseline": baseline, "figures": figures, "result": result, "fault": fault}
         said = {name: value for name, value in changes.items() if value is not None}
         with self._writing() as connection:
             _change_attempt(connection, job_id, number, {"log_offset": log_offset})
+            counts_before = self._one(connection, job_id).counts
+            measured_before = _measure(connection, job_id, number, measured or {})
             if said:
                 _update(connection, job_id, said)
             told = {name: _plain(value) for name, value in said.items() if name in ("counts", "figures")}
             if told:
                 _tell(connection, job_id, "progress", told)
                 _forget_old_progress(connection, job_id)
+        if counts is not None:
+            self.observer.counted(counts_before, counts)
+        if measured:
+            self.observer.measured(measured_before, measured)
         if said:
             self.on_change(job_id)
 
@@ -406,6 +422,17 @@ def _change_attempt(
 ) -> None:
     parts = ", ".join(f"{name} = ?" for name in changes)
     connection.execute(f"UPDATE attempts SET {parts} WHERE job = ? AND number = ?", (*changes.values(), job_id, number))
+
+
+def _measure(connection: sqlite3.Connection, job_id: str, number: int, measured: Measured) -> Measured:
+    """Writes down what an attempt measured, and returns what was known of it before."""
+    row = connection.execute("SELECT figures FROM measured WHERE job = ? AND attempt = ?", (job_id, number)).fetchone()
+    before: dict[str, list[float]] = {} if row is None else json.loads(row[0])
+    if measured:
+        # A figure that this line does not have is kept: else the next one would tell all of it anew.
+        figures = json.dumps(before | dict(measured))
+        connection.execute("INSERT OR REPLACE INTO measured VALUES (?, ?, ?)", (job_id, number, figures))
+    return before
 
 
 def _plain(value: Any) -> Any:

@@ -25,11 +25,6 @@ __all__ = ["Supervisor"]
 
 _log = logging.getLogger("logitlake.jobs")
 
-_PHASES = {
-    "validating": JobState.VALIDATING,
-    "running": JobState.RUNNING,
-    "finalizing": JobState.FINALIZING,
-}
 _ENDS: dict[Wish, JobState] = {
     "cancel": JobState.CANCELLED,
     "cancel_now": JobState.CANCELLED,
@@ -170,10 +165,10 @@ class Supervisor:
         phases = []
         for line in said:
             phases += [line["phase"]] if "phase" in line else []
-            facts |= {name: line[name] for name in ("counts", "figures", "result", "fault") if name in line}
+            facts |= {name: value for name, value in line.items() if name != "phase"}
         for phase in phases:
             now = self._store.find(job.id)
-            if now is not None and (state := _PHASES[phase]) in NEXT[now.state] and now.state in ACTIVE:
+            if now is not None and (state := JobState(phase)) in NEXT[now.state] and now.state in ACTIVE:
                 self._store.move(job.id, state, only_from=frozenset({now.state}))
         if "counts" in facts:
             baseline = job.baseline or next(line["counts"] for line in said if "counts" in line)

@@ -112,6 +112,11 @@ class SqlPool:
         """How many questions wait for another one to end."""
         return len(self._waiting)
 
+    @property
+    def num_ready(self) -> int:
+        """How many workers wait for a question."""
+        return len(self._ready)
+
     def pids(self) -> list[int]:
         """The processes that there are now: the one that forks workers, and those that are ready or answer."""
         with self._changed:

@@ -14,8 +14,6 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -34,6 +32,7 @@ from logitlake_shared.web.cursors import Cursor, Limit, Page, decode_cursor, enc
 from logitlake_shared.web.doors import Asking, Principal
 from logitlake_shared.web.feed import Feed
 from logitlake_shared.web.job_edits import JobEdit, Labels, Name, check_unchanged, etag
+from logitlake_shared.web.job_metrics import Figure, JobMetrics
 from logitlake_shared.web.limits import becomes_stream
 from logitlake_shared.web.problems import Problem, scrubbed
 from logitlake_shared.web.tokens import without_tokens
@@ -122,10 +121,16 @@ Resolve = Callable[[Submission], NewJob]
 
 
 class Jobs:
-    """The jobs of one service, in the folder of its settings. Raises `ConfigError` where that is no place for them."""
+    """The jobs of one service, in the folder of its settings; `figures` are what its attempts measure.
 
-    def __init__(self, settings: JobsSettings, runner_of: RunnerOf, kinds: Mapping[str, Resolve]) -> None:
+    Raises `ConfigError` where that folder is no place for jobs.
+    """
+
+    def __init__(
+        self, settings: JobsSettings, runner_of: RunnerOf, kinds: Mapping[str, Resolve], figures: Sequence[Figure]
+    ) -> None:
         self.store = JobStore(settings.folder / "jobs.sqlite")
+        self.metrics = self.store.observer = JobMetrics(self.store, figures)
         self.runner_of, self.kinds = runner_of, kinds
         self.supervisor = Supervisor(self.store, runner_of, settings)
         self.supervisor.claim()
@@ -134,26 +139,12 @@ class Jobs:
     @contextmanager
     def running(self, service: Service) -> Iterator[None]:
         """While the service's application lives, on its event loop. Raises `ConfigError`."""
-        service.registry.register(_Collector(self.store))
+        service.registry.register(self.metrics)
         service.on_ending.append(self.feed.end)
         self.feed.open()
         with self.supervisor:
             yield
         self.feed.end()
-
-
-class _Collector(Collector):
-    """Prometheus' figures of the jobs."""
-
-    def __init__(self, store: JobStore) -> None:
-        self._store = store
-
-    def collect(self) -> Iterator[Metric]:
-        """Those of now."""
-        family = GaugeMetricFamily("logitlake_jobs", "Jobs in each state.", labels=["state"])
-        for state, count in self._store.counted().items():
-            family.add_metric([state], count)
-        yield family
 
 
 def jobs_of(request: Request) -> Jobs:

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.jobs.processes import ProcessRunner
 from logitlake_shared.web.app import Check, make_app
+from logitlake_shared.web.job_metrics import STUDENT_FIGURES
 from logitlake_shared.web.job_pages import job_pages
 from logitlake_shared.web.jobs import Jobs, job_routes
 from logitlake_student.api.jobs import command_of, kinds_of_jobs
@@ -25,7 +26,7 @@ def student_app(config: StudentServeConfig) -> FastAPI:
     jobs = None
     if config.jobs is not None:
         runner = ProcessRunner(config.jobs.folder / "attempts", command_of)
-        jobs = Jobs(config.jobs, lambda _: runner, kinds_of_jobs(config.runs, config.jobs))
+        jobs = Jobs(config.jobs, lambda _: runner, kinds_of_jobs(config.runs, config.jobs), STUDENT_FIGURES)
 
     def runs_are_there() -> str | None:
         return None if config.runs.is_dir() else "the folder of runs is gone"

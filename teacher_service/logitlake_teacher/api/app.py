@@ -11,6 +11,7 @@ from logitlake_shared.jobs.runner import Runner
 from logitlake_shared.lake import Lake
 from logitlake_shared.sql_service import SqlPool
 from logitlake_shared.web.app import Check, make_app
+from logitlake_shared.web.job_metrics import TEACHER_FIGURES
 from logitlake_shared.web.job_pages import job_pages
 from logitlake_shared.web.jobs import Jobs, job_routes
 from logitlake_teacher.api.caches import cache_routes
@@ -69,4 +70,5 @@ def _jobs(lake_uri: str, settings: TeacherJobsSettings) -> Jobs:
     here: Runner = ProcessRunner(settings.folder / "attempts", command_of)
     captures = here if settings.ray_address is None else RayRunner(settings.ray_address)
     # Plans read and capture nothing: they need no cluster.
-    return Jobs(settings, lambda job: captures if job.kind in CONFIGS else here, kinds_of_jobs(lake_uri, settings))
+    kinds = kinds_of_jobs(lake_uri, settings)
+    return Jobs(settings, lambda job: captures if job.kind in CONFIGS else here, kinds, TEACHER_FIGURES)

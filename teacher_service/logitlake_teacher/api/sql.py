@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import pyarrow as pa
 from anyio import CancelScope, to_thread
 from fastapi import APIRouter, Header, Request
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import StreamingResponse
@@ -90,6 +90,11 @@ class SqlQuestions:
         self._seconds = Histogram(
             "logitlake_sql_query_seconds", "Time to the end of an answer in SQL.", registry=registry
         )
+        workers = Gauge(
+            "logitlake_sql_workers", "Processes that answer, by what they do.", ("state",), registry=registry
+        )
+        workers.labels("ready").set_function(lambda: pool.num_ready)
+        workers.labels("busy").set_function(lambda: pool.num_running)
 
     def begin(self, principal: Principal, request: SqlRequest) -> SqlResult:
         """The answer, once it begins. Raises `QueryError` and its kin."""

@@ -1,13 +1,14 @@
 """Where units run, behind one interface.
 
 An executor gets a maker of workers and the units that are left, one after the other as it asks for them (a plan can
-be larger than memory), and yields one commit record for each unit, in the order in which they finish. The bytes in
+be larger than memory), and yields one `Committed` for each unit, in the order in which they finish. The bytes in
 the lake do not depend on the executor. `LogitLakeError`s of a worker end the run and reach the caller as they are,
 those that may go away (`is_retryable`) after some tries where the executor makes any; units that are committed by then
 stay.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from logitlake_schemas import CommitRecord
@@ -15,13 +16,22 @@ from logitlake_shared.errors import EngineError, LakeError, LogitLakeError
 from logitlake_teacher.executors.stopping import StopRequest
 from logitlake_teacher.items import Item, Unit
 
-__all__ = ["Executor", "MakeWorker", "Worker", "is_retryable"]
+__all__ = ["Committed", "Executor", "MakeWorker", "Worker", "is_retryable"]
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A unit that is in the lake."""
+
+    record: CommitRecord
+    commit_s: float | None
+    """seconds that writing its shards and its record took; None where it was committed already"""
 
 
 class Worker(Protocol):
     """Captures unit after unit."""
 
-    def run(self, unit: Unit, crashed: Mapping[str, str], pieces: int = 1) -> CommitRecord:
+    def run(self, unit: Unit, crashed: Mapping[str, str], pieces: int = 1) -> Committed:
         """Captures and commits the unit; may be called from several threads at once.
 
         The items in `crashed` (id -> `code: what happened`) are left out, with an error row. With `pieces` the teacher
@@ -46,7 +56,7 @@ class Executor(Protocol):
 
     def run(
         self, units: Iterable[Unit], make_worker: MakeWorker, stop: StopRequest | None = None
-    ) -> Iterator[CommitRecord]:
+    ) -> Iterator[Committed]:
         """Runs all units; `make_worker` is called once in each process that runs some. Raises `LogitLakeError`s.
 
         Units are taken only as far ahead as there are workers to run them. Once `stop` asks for it, those that run are

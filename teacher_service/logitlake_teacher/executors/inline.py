@@ -5,8 +5,7 @@ A sample that kills the teacher kills the command; run it under `ray` to have su
 
 from collections.abc import Iterable, Iterator
 
-from logitlake_schemas import CommitRecord
-from logitlake_teacher.executors.base import MakeWorker
+from logitlake_teacher.executors.base import Committed, MakeWorker
 from logitlake_teacher.executors.stopping import StopRequest
 from logitlake_teacher.items import Unit
 
@@ -18,7 +17,7 @@ class InlineExecutor:
 
     def run(
         self, units: Iterable[Unit], make_worker: MakeWorker, stop: StopRequest | None = None
-    ) -> Iterator[CommitRecord]:
+    ) -> Iterator[Committed]:
         """See `Executor.run`."""
         worker = make_worker()
         try:

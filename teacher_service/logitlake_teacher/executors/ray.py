@@ -14,10 +14,9 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from logitlake_schemas import CommitRecord
 from logitlake_shared.errors import EngineError, LogitLakeError
 from logitlake_teacher.config import RayExecutorConfig
-from logitlake_teacher.executors.base import MakeWorker, is_retryable
+from logitlake_teacher.executors.base import Committed, MakeWorker, is_retryable
 from logitlake_teacher.executors.leases import Death, LeaseBook
 from logitlake_teacher.executors.ray_actors import Actor, ActorEnded, ActorPool
 from logitlake_teacher.executors.ray_session import connected, import_ray
@@ -41,7 +40,7 @@ class RayExecutor:
 
     def run(
         self, units: Iterable[Unit], make_worker: MakeWorker, stop: StopRequest | None = None
-    ) -> Iterator[CommitRecord]:
+    ) -> Iterator[Committed]:
         """See `Executor.run`."""
         config = self._config
         book = LeaseBook(
@@ -64,7 +63,7 @@ class RayExecutor:
             finally:
                 pool.close()
 
-    def _run(self, ray: Any, book: LeaseBook, pool: ActorPool, stop: StopRequest) -> Iterator[CommitRecord]:
+    def _run(self, ray: Any, book: LeaseBook, pool: ActorPool, stop: StopRequest) -> Iterator[Committed]:
         while book.backlog:
             if stop.grace_is_over:
                 return
@@ -79,9 +78,9 @@ class RayExecutor:
                 if reference is actor.starting:
                     pool.started(actor)
                     continue
-                record = self._result(reference, actor, book, pool)
-                if record is not None:
-                    yield record
+                done = self._result(reference, actor, book, pool)
+                if done is not None:
+                    yield done
             pool.end_late_starts()
             for actor in [actor for actor in pool if pool.hangs(actor)]:
                 limit_s = self._config.unit_timeout_s
@@ -119,10 +118,10 @@ class RayExecutor:
             done, _ = ray.wait(references, num_returns=len(references), timeout=0)
         return done
 
-    def _result(self, reference: Any, actor: Actor, book: LeaseBook, pool: ActorPool) -> CommitRecord | None:
-        """What became of a task; the commit record if it was a unit and is committed."""
+    def _result(self, reference: Any, actor: Actor, book: LeaseBook, pool: ActorPool) -> Committed | None:
+        """What became of a task, if it was a unit and is committed."""
         try:
-            record: CommitRecord | None = pool.get(reference)
+            done: Committed | None = pool.get(reference)
         except ActorEnded as ended:
             _end(actor, pool.explain(actor, ended), book, pool)
             return None
@@ -137,7 +136,7 @@ class RayExecutor:
             return None
         actor.since = time.monotonic()
         book.finished(actor.running.pop(reference))
-        return record
+        return done
 
     def _gpus(self, ray: Any) -> float:
         if self._config.gpus_per_actor is not None:

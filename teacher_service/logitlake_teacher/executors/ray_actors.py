@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from logitlake_schemas import CommitRecord
 from logitlake_shared.errors import EngineError, LogitLakeError
 from logitlake_teacher.config import RayExecutorConfig
-from logitlake_teacher.executors.base import MakeWorker, is_retryable
+from logitlake_teacher.executors.base import Committed, MakeWorker, is_retryable
 from logitlake_teacher.executors.leases import Death, Task
 from logitlake_teacher.executors.ray_session import cluster_resources, node_is_alive
 from logitlake_teacher.items import Item, Unit
@@ -215,9 +214,9 @@ class _ActorWorker:
     def start(self) -> None:
         self._worker = self._make_worker()
 
-    def run(self, unit: Unit, crashed: Mapping[str, str], pieces: int) -> CommitRecord:
-        record: CommitRecord = self._worker.run(unit, crashed, pieces)
-        return record
+    def run(self, unit: Unit, crashed: Mapping[str, str], pieces: int) -> Committed:
+        done: Committed = self._worker.run(unit, crashed, pieces)
+        return done
 
     def probe(self, items: Sequence[Item]) -> None:
         self._worker.probe(items)

@@ -14,7 +14,7 @@ from logitlake_shared.rows import LakePair
 from logitlake_teacher.engines import Engine
 from logitlake_teacher.items import Item, Unit
 from logitlake_teacher.unit_images import LoadImages, load_images
-from logitlake_teacher.unit_work import committed_record, crash_errors, images_of, in_order
+from logitlake_teacher.unit_work import Publish, committed_record, crash_errors, images_of, in_order
 
 __all__ = ["PairProducer", "capture_pairs_unit"]
 
@@ -39,8 +39,9 @@ def capture_pairs_unit(
     cache: Cache,
     crashed: Mapping[str, str],
     load: LoadImages = load_images,
+    publish: Publish | None = None,
 ) -> CommitRecord:
-    """The pairs of a unit, committed; `crashed`, answer and errors as `capture.capture_unit`."""
+    """The pairs of a unit, committed; `crashed`, `publish`, answer and errors as `capture.capture_unit`."""
     committed = committed_record(cache, unit)
     if committed is not None:
         return committed
@@ -53,7 +54,7 @@ def capture_pairs_unit(
             errors[item.item_id] = pair
         else:
             pairs.append(pair)
-    return cache.publish_unit(
+    return (publish or cache.publish_unit)(
         UnitResult(
             unit=unit.unit_id,
             pairs=pairs,

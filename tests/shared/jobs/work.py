@@ -9,6 +9,7 @@ import click
 
 from logitlake_shared.config import StrictModel, load_config
 from logitlake_shared.errors import DataError
+from logitlake_shared.jobs.measured import Meter
 from logitlake_shared.jobs.progress import say
 
 __all__ = ["WorkConfig", "cli"]
@@ -28,6 +29,8 @@ class WorkConfig(StrictModel):
     """the item before which it is killed, once"""
     refuses: str = ""
     """fails with this error before it begins"""
+    writes: str = ""
+    """into its log, before it begins"""
     heeds: bool = True
     """whether it ends by itself when it is asked to"""
 
@@ -39,11 +42,13 @@ def cli(path: Path) -> None:
     config = load_config(WorkConfig, path)
     signal.signal(signal.SIGTERM, _stop if config.heeds else signal.SIG_IGN)
     say(phase="validating")
+    click.echo(config.writes, err=True)
     _wait(config, "validating")
     if config.refuses:
         raise DataError(config.refuses)
     done = config.folder / "done"
     say(phase="running", counts=_counts(config, done))
+    meter = Meter()
     while (place := _done(done)) < config.items:
         _wait(config, "running")
         if config.dies_at == place and not (config.folder / "died").exists():
@@ -51,7 +56,10 @@ def cli(path: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         with done.open("a") as file:
             file.write(f"{place}\n")
-        say(counts=_counts(config, done), figures={"last": place})
+        meter.add("work_items", 1)
+        meter.time("work_seconds", 0.3)
+        meter.renew("work_place", place)
+        say(counts=_counts(config, done), figures={"last": place}, measured=meter.told())
     say(phase="finalizing")
     _wait(config, "finalizing")
     say(result={"items": _done(done)})
