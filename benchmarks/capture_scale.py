@@ -26,12 +26,13 @@ import pyarrow.parquet as pq
 
 from benchmarks.capture_samples import vlm
 from benchmarks.harness import Figure, in_own_process, median
-from logitlake_schemas import CaptureSpec, CodecPolicy, CommitRecord, DatasetIdentity
+from logitlake_schemas import CaptureSpec, CodecPolicy, DatasetIdentity
 from logitlake_shared.lake import Lake
 from logitlake_shared.rendering import Renderer
 from logitlake_teacher.config import FakeEngineConfig, FakeSource, ImagesConfig, PlanConfig, TokensSource
 from logitlake_teacher.engines import EngineSetup, identify_engine
 from logitlake_teacher.engines.facts import engine_facts
+from logitlake_teacher.executors import Committed
 from logitlake_teacher.items import PlannedSample, Unit
 from logitlake_teacher.planning import Plan, make_plan
 from logitlake_teacher.planning.units_file import UnitsFile
@@ -114,7 +115,7 @@ def _worker(folder: Path, dataset: DatasetIdentity) -> Iterator[UnitWorker]:
 
 def _commit(worker: UnitWorker, units: Iterable[Unit]) -> None:
     """All units, some at a time; each is read when its turn comes."""
-    waiting: deque[Future[CommitRecord]] = deque()
+    waiting: deque[Future[Committed]] = deque()
     with ThreadPoolExecutor(_UNITS_IN_FLIGHT) as pool:
         for unit in units:
             waiting.append(pool.submit(worker.run, unit, {}))

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 from worker import JOBS, main
 
-from logitlake_schemas import CommitRecord
 from logitlake_shared.lake import Lake
 from logitlake_shared.rendering import Renderer
 from logitlake_teacher.capture import capture_unit
 from logitlake_teacher.engines import build_engine
+from logitlake_teacher.executors import Committed
 from logitlake_teacher.executors.inline import InlineExecutor
 from logitlake_teacher.items import Unit
 
@@ -26,9 +26,9 @@ class _Worker:
         self._cache = Lake.open(root).cache("main")
         self._engine = build_engine(scenario["engine"], scenario["setup"])
 
-    def run(self, unit: Unit, crashed: Mapping[str, str]) -> CommitRecord:
+    def run(self, unit: Unit, crashed: Mapping[str, str]) -> Committed:
         # A renderer is asked for where the teacher writes the answers; here they are given.
-        return capture_unit(self._engine, unit, self._cache, crashed, cast(Renderer, None))
+        return Committed(capture_unit(self._engine, unit, self._cache, crashed, cast(Renderer, None)), None)
 
     def close(self) -> None:
         self._engine.close()
@@ -42,8 +42,8 @@ def teach(root: str, scenario: Any, say: Callable[..., None], *, everything: boo
     for unit in done:
         say(found=unit)
     left = (unit for unit in made["units"] if unit.unit_id not in done)
-    for record in InlineExecutor().run(left, lambda: _Worker(root, made)):
-        say(committed=record.unit)
+    for committed in InlineExecutor().run(left, lambda: _Worker(root, made)):
+        say(committed=committed.record.unit)
     say(snapshot=cache.snapshot().number)
 
 

@@ -39,6 +39,7 @@ from logitlake_teacher.config.images import ImagesConfig
 from logitlake_teacher.engines import Engine, EngineSetup, ScoredSample, ScoreRequest, build_engine, identify_engine
 from logitlake_teacher.engines.base import Generation, Sampling
 from logitlake_teacher.engines.fake import FakeEngine
+from logitlake_teacher.executors import Committed
 from logitlake_teacher.items import PlannedSample, Unit
 from logitlake_teacher.worker import CaptureJob, UnitWorker
 
@@ -357,10 +358,10 @@ def test_the_second_publisher_of_a_unit_takes_what_is_committed(
         "samples", str(bench.folder / "lake"), "capture", FakeEngineConfig(), bench.setup(spec), ImagesConfig()
     )
     with closing(UnitWorker(job)) as worker:
-        record = worker.run(unit, {})
-        assert record == cache.commit(unit.unit_id)
+        done = worker.run(unit, {})
+        assert done == Committed(cache.commit(unit.unit_id), commit_s=None)
         assert "this publisher's result is discarded" in caplog.text
-        assert worker.run(unit, {}) == record
+        assert worker.run(unit, {}) == done
     first = fake(bench, spec, seed=1)
     for sample in read(cache).values():
         assert_rows_are_the_truth(sample, first.truth(request_of(sample)))

@@ -157,6 +157,22 @@ def test_a_question_is_cancelled_by_whoever_asked_it(endless: Any, tokens: Token
     assert not app.state.questions.asked_by
 
 
+def test_workers_are_counted_by_what_they_do(endless: Any) -> None:
+    """One that answers is busy until its question ends; with none kept warm, none is ready then."""
+    app, url, text, _ = endless
+    headers = {"authorization": f"Bearer {text}"}
+
+    def counted(state: str) -> str:
+        lines = httpx.get(f"{url}/metrics", headers=headers).text.splitlines()
+        return next(line for line in lines if line.startswith(f'logitlake_sql_workers{{state="{state}"}}'))
+
+    assert counted("busy").endswith(" 1.0")
+    (query_id,) = app.state.questions.asked_by
+    httpx.delete(f"{url}/v1/queries/{query_id}", headers=headers)
+    until(lambda: counted("busy").endswith(" 0.0"))
+    assert counted("ready").endswith(" 0.0")
+
+
 def test_whoever_hangs_up_ends_the_question(teacher: Teacher) -> None:
     """After the first bytes of an answer that has no end; nobody waits for its deadline."""
     app, url = teacher()
