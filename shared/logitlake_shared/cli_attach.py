@@ -41,6 +41,8 @@ def attach(lake: str, cache: str | None, to: Path | None) -> None:
             f"{lake}: is not on the local disk, where DuckDB reads; name a folder for a copy: --to FOLDER"
         )
     found = find_attachable(opened, cache)
+    for line in found.late:
+        click.echo(f"{line}; `logitlake rebuild` on the lake publishes a catalog that knows it", err=True)
     statements = attach_statements(folder, found)
     total = f"{len(found.files):,} files"
     if to is None:
@@ -50,7 +52,5 @@ def attach(lake: str, cache: str | None, to: Path | None) -> None:
             num_fetched = copy_files(opened, found, folder, advance)
         total += f" in {folder}, {num_fetched:,} fetched now"
     click.echo(f"catalog {found.catalog.number}: {total}", err=True)
-    for line in found.late:
-        click.echo(f"{line}; `logitlake rebuild` on the lake publishes a catalog that knows it", err=True)
     for statement in statements:
         click.echo(statement)

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import duckdb
 import pytest
 
 from logitlake_schemas import CaptureSpec, LakeManifest, layout
 from logitlake_shared.catalog import Catalog, publish_catalog, rebuild_catalog
+from logitlake_shared.catalog.attach import attach_statements, copy_files, find_attachable
 from logitlake_shared.errors import LakeCorruptError
 from logitlake_shared.lake import Lake, UnitResult
 from logitlake_shared.store import ObjectStore
@@ -68,3 +71,16 @@ def test_damage_is_refused_and_replaced(lake: Lake) -> None:
     assert publish_catalog(lake) == 2
     with Catalog(lake) as catalog:
         assert catalog.query("SELECT count(*) AS n FROM sample_index").to_pylist() == [{"n": 4}]
+
+
+def test_a_copy_is_attached_in_a_plain_duckdb(lake: Lake, tmp_path: Path) -> None:
+    """Its rows are those of the lake; a second copy fetches nothing."""
+    publish_catalog(lake)
+    question = "SELECT sample_id, list_sum(label_logprob) AS logprob FROM samples ORDER BY sample_id"
+    found, told = find_attachable(lake), list[int]()
+    assert copy_files(lake, found, tmp_path / "copy", told.append) == len(found.files) == len(told)
+    assert copy_files(lake, found, tmp_path / "copy", told.append) == 0
+    with duckdb.connect() as connection, Catalog(lake) as catalog:
+        for statement in attach_statements(tmp_path / "copy", found):
+            connection.execute(statement)
+        assert connection.sql(question).to_arrow_table().to_pylist() == catalog.query(question).to_pylist()

@@ -96,6 +96,7 @@ def test_a_body_that_does_not_come_is_a_problem_and_its_place_is_free(
     assert said.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"request_timeout"' in said
     assert b'"retryable":true' in said
+    assert b"connection: close" in said.lower()
     assert app.state.service.limits.under_way == 0
     assert httpx.post(f"{url}/echo", content=b"quick").json() == 5
 
