@@ -1,6 +1,8 @@
 """What a student is said to make of a lake's samples is what it makes: by a slow twin, and on the command line."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -127,6 +129,30 @@ def test_a_run_is_scored_once_where_a_viewer_looks(
     config.write_text(config.read_text(encoding="utf-8") + " ", encoding="utf-8")
     assert student_command(*command).code == 0
     assert path.stat().st_ino != written.st_ino
+
+
+def test_the_documented_question_is_answered(
+    student_checkpoint: Path, student_lake: Path, student_command: Command, run_command: Command, tmp_path: Path
+) -> None:
+    """In a plain DuckDB that is told what `logitlake attach` prints: the figures of the summary, task by task."""
+    import duckdb
+
+    lake, out = tmp_path / "lake", tmp_path / "scores.parquet"
+    shutil.copytree(student_lake, lake)
+    done = student_command("score", student_checkpoint, lake, "--cache", "main", "--out", out, "-o", "json")
+    told = json.loads(done.out)["tasks"]
+    assert run_command("logitlake", "rebuild", lake).code == 0
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (question,) = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
+    question, num_named = re.subn(r"'runs/[^']*'", f"'{out}'", question)
+    assert num_named == 1
+    with duckdb.connect() as connection:
+        connection.execute(run_command("logitlake", "attach", lake).out)
+        rows = connection.execute(question).fetchall()
+    assert {task: tokens for task, tokens, _, _ in rows} == {task: means["tokens"] for task, means in told.items()}
+    for task, _, forward_kl, not_learned in rows:
+        assert forward_kl == pytest.approx(told[task]["forward_kl"])
+        assert 0 <= not_learned <= told[task]["tokens"]
 
 
 @pytest.mark.parametrize(
