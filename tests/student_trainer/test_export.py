@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from logitlake_shared.errors import ExportError
 from logitlake_student.export.card import CardFacts
 from logitlake_student.export.checkpoint import export_checkpoint
-from logitlake_student.export.gate import GateSample, check_export
+from logitlake_student.export.comparison import GateSample
+from logitlake_student.export.gate import check_export
 from logitlake_student.export.layout import canonical_name
 from logitlake_student.models.assemble import save_student
 from logitlake_student.models.parameters import parameter_report

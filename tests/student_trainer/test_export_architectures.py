@@ -24,7 +24,8 @@ from logitlake_shared.errors import ExportError
 from logitlake_shared.rendering import Renderer
 from logitlake_student.export.card import CardFacts
 from logitlake_student.export.checkpoint import export_checkpoint
-from logitlake_student.export.gate import GateSample, check_export
+from logitlake_student.export.comparison import GateSample
+from logitlake_student.export.gate import check_export
 from logitlake_student.export.layout import Target, ambiguous_experts
 from logitlake_student.models.assemble import save_student
 from logitlake_student.models.load import load_student

@@ -16,7 +16,7 @@ from tests.tiny_models import save_tiny_llava, save_tiny_text
 from logitlake_shared.errors import ExportError
 from logitlake_shared.rendering import Renderer
 from logitlake_student.export.card import CardFacts
-from logitlake_student.export.gate import GateSample
+from logitlake_student.export.comparison import GateSample
 from logitlake_student.export.gguf_file import export_gguf
 from logitlake_student.export.gguf_gate import check_gguf
 from logitlake_student.export.gguf_limits import why_not

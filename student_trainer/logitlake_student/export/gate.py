@@ -8,27 +8,22 @@ Axes: S positions, R response rows, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from logitlake_shared.alignment import predicting_rows
 from logitlake_shared.errors import ExportError
+from logitlake_student.export.comparison import GateSample, export_name, require_within
 from logitlake_student.model_inputs import Expanded, ModelInputs
 
 __all__ = [
     "EngineChoice",
-    "GateSample",
     "Tell",
     "check_export",
     "check_samples",
-    "export_name",
-    "require_within",
     "response_logprobs",
     "silent",
 ]
@@ -37,23 +32,8 @@ EngineChoice = Literal["if_installed", "require", "skip"]
 Tell = Callable[[str], None]
 
 
-def export_name(path: Path) -> str:
-    """What the user calls an export that is still being built (`checkpoint.building`)."""
-    return path.name.removeprefix(".").removesuffix(".partial")
-
-
 def silent(_text: str) -> None:
     """Tells nobody."""
-
-
-@dataclass(frozen=True)
-class GateSample:
-    """A sample to compare on: ids with one placeholder an image, as `alignment.interleave` gives them."""
-
-    ids_S: npt.NDArray[np.int64]
-    is_response_S: npt.NDArray[np.bool_]
-    images: tuple[bytes, ...] = ()
-    """Encoded, in the order of their placeholders."""
 
 
 def check_export(
@@ -114,15 +94,6 @@ def check_samples(samples: Sequence[GateSample]) -> None:
     """Raises `ExportError` unless there is something to compare on."""
     if not samples or not all(sample.is_response_S.any() for sample in samples):
         raise ExportError("export gate: expected at least one sample, each with response tokens, to compare on")
-
-
-def require_within(difference: float, tolerance: float, engine: str, export: Path, hint: str = "") -> None:
-    """Raises `ExportError` for a difference beyond the tolerance, in nats, or one that is not a number."""
-    if not difference <= tolerance:  # a NaN is a failure too
-        raise ExportError(
-            f"export gate: {engine} gives other logprobs for {export_name(export)} than the trained student: largest "
-            f"difference {difference:.3g} nats, expected at most {tolerance:.3g}{hint}; the export was not published"
-        )
 
 
 @torch.no_grad()

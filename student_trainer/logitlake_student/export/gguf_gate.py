@@ -19,12 +19,11 @@ from torch import Tensor
 
 from logitlake_shared.alignment import predicting_rows
 from logitlake_shared.errors import ExportError
+from logitlake_student.export.comparison import GateSample, require_within
 from logitlake_student.export.gate import (
     EngineChoice,
-    GateSample,
     Tell,
     check_samples,
-    require_within,
     response_logprobs,
     silent,
 )

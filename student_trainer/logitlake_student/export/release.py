@@ -17,7 +17,7 @@ from logitlake_student.export.source import read_config
 
 if TYPE_CHECKING:
     from logitlake_student.export.checkpoint import ExportResult
-    from logitlake_student.export.gate import GateSample
+    from logitlake_student.export.comparison import GateSample
 
 __all__ = ["is_released", "release"]
 
@@ -198,7 +198,7 @@ def _figures(result: dict[str, Any]) -> dict[str, str]:
 
 def _gate_samples(dataset: LakeDataset, num_samples: int, *, with_images: bool) -> "list[GateSample]":
     """Samples spread evenly over the dataset; for a student without eyes the first ones without images."""
-    from logitlake_student.export.gate import GateSample
+    from logitlake_student.export.comparison import GateSample
 
     positions: Iterable[int] = range(len(dataset))
     if with_images:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from logitlake_shared.errors import ExportError
 from logitlake_shared.images import decode_image
-from logitlake_student.export.gate import export_name, require_within
+from logitlake_student.export.comparison import export_name, require_within
 from logitlake_student.export.layout import ambiguous_experts
 
 if TYPE_CHECKING:
-    from logitlake_student.export.gate import GateSample
+    from logitlake_student.export.comparison import GateSample
     from logitlake_student.model_inputs import Expanded
 
 __all__ = ["check_in_vllm"]
