@@ -85,6 +85,14 @@ def test_no_line_of_a_log_keeps_the_others_from_being_heard(lines: list[str]) ->
     assert num_bytes == len(log)
 
 
+@pytest.mark.parametrize("line", NONSENSE, ids=range(len(NONSENSE)))
+def test_what_cannot_be_meant_is_not_heard(line: str) -> None:
+    """Of each line by itself: no number that is none, no phase or count that there is not."""
+    for said in parse_lines(f"{MARK.decode()}{line}\n".encode())[0]:
+        assert said.get("measured", {}) in ({}, {"nobody_knows": [1]})
+        assert said.keys() <= {"measured"}
+
+
 def test_nonsense_in_a_log_changes_nothing(workshop: Workshop) -> None:
     """The job succeeds, its counts and figures are those of its work."""
     metrics = watched(workshop)
@@ -111,6 +119,20 @@ def test_what_is_counted_is_what_jobs_counted_over_all_their_attempts(workshop: 
     assert outcomes(job).items() <= found.items()
     assert job.counts.skipped_cached == 2
     assert found["logitlake_work_items_total"] == found["logitlake_work_seconds_count"] == 4
+
+
+def test_what_a_line_leaves_out_is_not_told_anew_by_the_next(workshop: Workshop) -> None:
+    """Nor what one attempt told by another, which begins at nothing; nor what a sum had been before it fell."""
+    metrics = watched(workshop)
+    job = workshop.store.begin_attempt(workshop.submit().id)
+    lines = ({"work_items": [3]}, {"work_place": [1]}, {"work_items": [5]}, {"work_items": [4]})
+    for offset, line in enumerate(lines):
+        workshop.store.heard(job.id, 1, offset, measured=line)
+    assert values(metrics)["logitlake_work_items_total"] == 5
+    workshop.store.move(job.id, S.INTERRUPTED)
+    workshop.store.begin_attempt(job.id)
+    workshop.store.heard(job.id, 2, 1, measured={"work_items": [2]})
+    assert values(metrics)["logitlake_work_items_total"] == 7
 
 
 def test_moves_counted_are_the_events_of_the_store(workshop: Workshop) -> None:
