@@ -8,10 +8,11 @@ pieces, hears everything once.
 Said so far: `phase` (validating, running, finalizing); `counts` (`total` items of the work, how many are `committed`,
 whoever did them, and how many of those `failed` or are `quarantined`); `figures`, for people; `measured`, for sums
 over many attempts (`jobs.measured`); `result`; `fault`. A log is text, and anybody may have written it: what cannot be
-meant so is not heard.
+meant so is not heard, and what is heard can be told again in strict JSON: no NaN, no half of a character, no abyss.
 """
 
 import json
+import math
 import os
 import sys
 import threading
@@ -31,6 +32,9 @@ MARK = b"@progress "
 PHASES = ("validating", "running", "finalizing")
 _COUNTS = ("total", "committed", "failed", "quarantined")
 _EVERY_S = 1.0
+# Counts above this are none, and objects that lie deeper are not heard.
+_MOST = 2**63
+_DEEPEST = 32
 
 _last_said = 0.0
 _waiting: dict[str, Any] = {}
@@ -107,8 +111,25 @@ def parse_lines(data: bytes) -> tuple[list[Mapping[str, Any]], int]:
 def _meant(line: object) -> dict[str, Any]:
     if not isinstance(line, dict):
         return {}
-    facts = {name: line[name] for name, can_be in _FACTS.items() if name in line and can_be(line[name])}
+    told = {name: _plain(line[name], _DEEPEST) for name in _FACTS if name in line}
+    facts = {name: value for name, value in told.items() if _FACTS[name](value)}
     return facts | ({"measured": sound(facts["measured"])} if "measured" in facts else {})
+
+
+def _plain(value: Any, deepest: int) -> Any:
+    """The value as strict JSON in UTF-8 can have it; None for what it cannot."""
+    match value:
+        case str():
+            return value.encode(errors="replace").decode()
+        case float():
+            return value if math.isfinite(value) else None
+        case dict() | list() if not deepest:
+            return None
+        case dict():
+            return {_plain(name, 0): _plain(inner, deepest - 1) for name, inner in value.items()}
+        case list():
+            return [_plain(inner, deepest - 1) for inner in value]
+    return value
 
 
 def _is_object(value: object) -> bool:
@@ -116,7 +137,9 @@ def _is_object(value: object) -> bool:
 
 
 def _are_counts(value: object) -> bool:
-    return isinstance(value, dict) and all(type(value.get(name)) is int and value[name] >= 0 for name in _COUNTS)
+    return isinstance(value, dict) and all(
+        type(value.get(name)) is int and 0 <= value[name] < _MOST for name in _COUNTS
+    )
 
 
 def _is_fault(value: object) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic_core import to_json
 from tests.shared.jobs.book import FIGURES, values
 from tests.shared.jobs.conftest import Workshop
 
@@ -35,6 +36,7 @@ NONSENSE = [
     *(json.dumps({"measured": value}) for value in (None, 7, [], {"nobody_knows": [1]})),
     *(json.dumps({"counts": value}) for value in (None, 7, [], {}, {"total": "4", "committed": 0})),
     '{"counts": {"total": -1, "committed": -1, "failed": 0, "quarantined": 0}}',
+    f'{{"counts": {{"total": 1, "committed": {"9" * 400}, "failed": 0, "quarantined": 0}}}}',
     *(json.dumps({"phase": value}) for value in (None, [], "flying", "succeeded")),
     *(json.dumps({name: 7}) for name in ("figures", "result", "fault", "nothing")),
     '{"fault": {"error": 7, "message": null}}',
@@ -91,6 +93,20 @@ def test_what_cannot_be_meant_is_not_heard(line: str) -> None:
     for said in parse_lines(f"{MARK.decode()}{line}\n".encode())[0]:
         assert said.get("measured", {}) in ({}, {"nobody_knows": [1]})
         assert said.keys() <= {"measured"}
+
+
+@pytest.mark.parametrize("fact", ["figures", "result", "fault"])
+@pytest.mark.parametrize(
+    "value", ["NaN", "-Infinity", "1e400", r'"\ud800"', r'{"\ud800": 1}', '{"a":' * 300 + "1" + "}" * 300]
+)
+def test_what_is_heard_can_be_told_again(fact: str, value: str) -> None:
+    """By a service, in strict JSON, in UTF-8, of a depth that it can write; the rest of the line is heard as it is."""
+    line = f'{{"{fact}": {{"error": "E", "message": "m", "what": {value}}}, "phase": "running"}}'
+    (said,), _ = parse_lines(MARK + line.encode() + b"\n")
+    assert said["phase"] == "running"
+    assert (said[fact]["error"], said[fact]["message"]) == ("E", "m")
+    told = to_json(said[fact], inf_nan_mode="constants")
+    assert json.loads(told, parse_constant=lambda name: pytest.fail(name)) == said[fact]
 
 
 def test_nonsense_in_a_log_changes_nothing(workshop: Workshop) -> None:
