@@ -137,7 +137,9 @@ def attach_statements(folder: Path, found: Attachable) -> list[str]:
                 f"SET VARIABLE {kind} = (SELECT list(path) FROM lake.shards WHERE kind = '{kind}' "
                 f"AND cache IN ({names}));",
                 f"CREATE TEMP VIEW {kind} AS SELECT split_part(filename, '/', -3) AS cache, * EXCLUDE (filename) "
-                f"FROM read_parquet(getvariable('{kind}'), union_by_name = true, filename = true);",
+                # A folder above the lake may be called `day=3`, which is no column of it.
+                f"FROM read_parquet(getvariable('{kind}'), union_by_name = true, filename = true, "
+                "hive_partitioning = false);",
             ]
     return statements
 

@@ -96,12 +96,16 @@ def create_empty(connection: duckdb.DuckDBPyConnection, name: str) -> None:
 def attach(connection: duckdb.DuckDBPyConnection, path: Path, name: str) -> bool:
     """Attaches the file read-only as `name` and returns True; returns False for a file of another version.
 
-    Raises `duckdb.Error` for what is not a DuckDB file, and for one that is damaged where it was looked into.
+    A catalog comes from wherever the lake does. A view in it would be somebody's question that we ask, with the files
+    of this machine at hand, so a file with views is none of ours. Raises `duckdb.Error` for what is not a DuckDB file,
+    and for one that is damaged where it was looked into.
     """
     connection.execute(f"ATTACH {quoted(str(path))} AS {name} (READ_ONLY)")
-    versions = connection.execute(f"SELECT catalog_version, format_version FROM {name}.about").fetchall()
-    if versions == [(CATALOG_VERSION, FORMAT_VERSION)]:
-        return True
+    views = f"SELECT count(*) FROM duckdb_views() WHERE database_name = {quoted(name)} AND NOT internal"
+    if connection.execute(views).fetchall() == [(0,)]:
+        versions = connection.execute(f"SELECT catalog_version, format_version FROM {name}.about").fetchall()
+        if versions == [(CATALOG_VERSION, FORMAT_VERSION)]:
+            return True
     connection.execute(f"DETACH {name}")
     return False
 

@@ -84,7 +84,7 @@ def read_published(store: ObjectStore, number: int) -> Published:
         try:
             if not attach(connection, path, "cat"):
                 raise LakeCorruptError(
-                    f"{where}: of another catalog version; run `logitlake rebuild`, or take that release"
+                    f"{where}: no catalog of this release's version; run `logitlake rebuild`, or take that release"
                 )
             read_every_block(connection, "cat")
             shards = connection.sql("FROM cat.shards ORDER BY shard").to_arrow_table().to_pylist()

@@ -69,7 +69,7 @@ def expected(lake: Path) -> list[Any]:
 
 
 def test_a_lake_on_the_disk_is_attached_where_it_lies(published: Path, run_command: Command) -> None:
-    """Nothing is copied; the catalog's own tables are there; a name with a quote is no trap."""
+    """Nothing is copied; the catalog's own tables are there; a name with a quote, or like `day=3`, is no trap."""
     done = run_command("logitlake", "attach", published)
     assert (done.code, answers(done.out)) == (0, expected(published))
     with duckdb.connect() as connection:
@@ -80,6 +80,13 @@ def test_a_lake_on_the_disk_is_attached_where_it_lies(published: Path, run_comma
         ]
     quoted = published.rename(published.with_name("ada's lake"))
     assert answers(run_command("logitlake", "attach", quoted).out) == expected(quoted)
+    (quoted.parent / "day=3").mkdir()
+    partition = quoted.rename(quoted.parent / "day=3" / "task=x")
+    statements = run_command("logitlake", "attach", partition).out
+    assert answers(statements) == expected(partition)
+    with duckdb.connect() as connection:
+        connection.execute(statements)
+        assert "day" not in connection.sql("FROM samples").columns
 
 
 def test_an_older_duckdb_takes_the_same_statements(published: Path, run_command: Command) -> None:
@@ -249,6 +256,28 @@ def test_a_catalog_writes_nowhere_but_where_shards_are(published: Path, tmp_path
     done = run_command("logitlake", "attach", published, "--to", tmp_path / "copy")
     assert done.code == 2
     assert "'../../outside.parquet', which is no file of cache 'pairs'" in done.err
+
+
+@pytest.mark.parametrize("table", ["about", "shards"])
+def test_a_catalog_asks_nothing_of_this_machine(
+    published: Path, tmp_path: Path, run_command: Command, table: str
+) -> None:
+    """A view in one of somebody else's could read any file here, and send it in the name of what is to be fetched."""
+    (tmp_path / "secret").write_text("the secret")
+    with duckdb.connect(published / layout.catalog_path(1)) as connection:
+        connection.execute(f"ALTER TABLE {table} RENAME TO old")
+        column = "path" if table == "shards" else "catalog_version"
+        connection.execute(
+            f"CREATE VIEW {table} AS SELECT * REPLACE ({column} || (SELECT content FROM read_text("
+            f"'{tmp_path / 'secret'}')) AS {column}) FROM old"
+        )
+    done = run_command("logitlake", "attach", published, "--to", tmp_path / "copy")
+    assert (done.code, done.out) == (2, "")
+    assert "no catalog of this release's version" in done.err
+    assert "the secret" not in done.err
+    assert not (tmp_path / "copy").exists()
+    with open_catalog(published) as catalog:  # which makes one of the shards themselves
+        assert catalog.query("SELECT count(*) FROM samples").column(0).to_pylist() == [6]
 
 
 def test_what_cannot_be_attached_is_refused_before_anything_is_fetched(
