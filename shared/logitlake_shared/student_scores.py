@@ -1,9 +1,10 @@
 """What a student makes of a cache's samples, token by token: a Parquet file that the trainer writes and viewers read.
 
 The two services meet here as they meet in the lake. `logitlake-student score` writes
-`<run>/<stage>/scores/<cache>.parquet`; whoever shows a sample of a cache with the same fingerprint can show the student
-beside the teacher. Rows come in the order of their ids, in row groups of some ten thousand tokens, so that one sample
-is found by the footer's bounds and read alone. The file appears whole or not at all.
+`<run>/<stage>/scores/<cache>.parquet`, of one split `<cache>@<split>.parquet`; whoever shows a sample of a cache with
+the same fingerprint can show the student beside the teacher. Rows come in the order of their ids, in row groups of some
+ten thousand tokens, so that one sample is found by the footer's bounds and read alone. The file appears whole or not at
+all.
 """
 
 import fcntl
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +52,8 @@ _RECORD = f"{FOOTER_PREFIX}scores"
 _GROUP_TOKENS = 32_768
 _GROUP_ROWS = 4096
 _ZSTD_LEVEL = 3
-# Footers kept in memory: a few hundred bytes each.
-_KNOWN_FILES = 1024
+# Records kept in memory, of a kilobyte each: more than there are files below a folder of runs, or none is of use.
+_KNOWN_FILES = 16_384
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ class ScoredSample:
 
 
 def scores_path(stage: Path, cache: str, split: str | None) -> Path:
-    """Where the scores of a stage of a run are looked for."""
-    return stage / "scores" / f"{cache}{'' if split is None else f'-{split}'}.parquet"
+    """Where the scores of a stage of a run are looked for. No cache has an `@` in its name; a split may be any text."""
+    of_split = "" if split is None else f"@{quote(split, safe='')}"
+    return stage / "scores" / f"{cache}{of_split}.parquet"
 
 
 class ScoresWriter:
@@ -207,8 +210,9 @@ class LinkedStudents:
                 f"no student {name!r} was scored on this cache; there are {', '.join(self.names) or 'none'}"
             )
         for scores in self._scores[name]:
-            if (scored := scores.find(sample_id)) is not None:
-                return scored
+            with suppress(FileNotFoundError):  # removed meanwhile
+                if (scored := scores.find(sample_id)) is not None:
+                    return scored
         raise DataError(_not_scored(self._scores[name][-1].record, sample_id, name))
 
 
@@ -232,7 +236,7 @@ def _record_as_of(path: Path, size: int, mtime_ns: int) -> ScoresRecord:
         return ScoresRecord.model_validate_json(metadata[_RECORD])
     except ValidationError as error:
         raise LakeCorruptError(
-            f"{path}: its footer cannot be read ({error.error_count()} faults); score again"
+            f"{path}: its footer cannot be read ({error.error_count()} faults); remove it, and score again"
         ) from error
 
 
@@ -295,4 +299,4 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise LakeCorruptError(f"{path}: cannot be read as scores: {error}; score again") from error
+        raise LakeCorruptError(f"{path}: cannot be read as scores: {error}; remove it, and score again") from error

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from logitlake_schemas import ScoresRecord
     from logitlake_student.score_figures import Summary, TaskFigures
 
-__all__ = ["score"]
+__all__ = ["score", "stage_of"]
 
 
 @click.command()
@@ -22,7 +22,7 @@ __all__ = ["score"]
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Parquet file to write.  [default: scores/CACHE[-SPLIT].parquet in the stage's folder]",
+    help="Parquet file to write.  [default: scores/CACHE[@SPLIT].parquet in the stage's folder]",
 )
 @click.option("--top", type=click.IntRange(1, 1000), default=8, show_default=True, help="Choices kept of each token.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
@@ -55,13 +55,12 @@ def score(
     from logitlake_student.score_figures import is_scored, summarised
 
     folder = checkpoint_folder(model)
-    *_, run, stage, name = folder.resolve().parts
-    is_of_run = name == "model"
-    if out is None and not is_of_run:
+    stage = stage_of(folder.resolve())
+    if out is None and stage is None:
         raise ConfigError(f"{model}: no stage of a run, in whose folder scores would go; name a file with --out")
     there = Lake.open(lake).cache(cache)
     record = ScoresRecord(
-        student=f"{run}/{stage}" if is_of_run else name,
+        student=stage or folder.resolve().name,
         model_sha256=checkpoint_sha256(folder),
         dtype=dtype,
         cache=cache,
@@ -74,6 +73,12 @@ def score(
     if not is_scored(path, record):
         _score(folder, lake, path, record, batch_size, device)
     _show(path, summarised(Scores(path)), output)
+
+
+def stage_of(checkpoint: Path) -> str | None:
+    """`<run>/<stage>`, if the folder is where a stage has its checkpoint."""
+    *_, run, stage, name = "", "", *checkpoint.parts[1:]
+    return f"{run}/{stage}" if name == "model" and run else None
 
 
 def _score(folder: Path, lake: str, out: Path, record: "ScoresRecord", batch_size: int, device: str) -> None:

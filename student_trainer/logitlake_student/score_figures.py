@@ -23,14 +23,16 @@ _WORST = 5
 def is_scored(out: Path, record: ScoresRecord) -> bool:
     """Whether the file holds just these scores already. Another file of scores there may be replaced.
 
-    Raises `ConfigError` where there is something else, which must not be.
+    Raises `ConfigError` where there is something else, which must not be, or where no file can be.
     """
     try:
         return read_record(out) == record
     except FileNotFoundError:
         return False
-    except (LakeCorruptError, IsADirectoryError):
+    except LakeCorruptError:
         raise ConfigError(f"{out}: is there, and no file of scores; choose another --out, or remove it") from None
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be looked at: {error.strerror}; choose another --out") from None
 
 
 @dataclass

@@ -6,7 +6,7 @@ that distillation lowers, by the loss that trains the student; its own figures a
 Axes: R response rows, C rows of one chunk, T tokens of a sample, K entries, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from logitlake_schemas import ScoresRecord
+from logitlake_shared.errors import TrainingError
 from logitlake_shared.reader import LakeDataset
+from logitlake_shared.rows import LakeSample
 from logitlake_shared.student_scores import ScoredSample, ScoresWriter, write_scores
 from logitlake_student.answers import Examinee, forced_batches
 from logitlake_student.losses.chunked import ChunkedHead
@@ -68,19 +70,26 @@ def score_samples(
 ) -> None:
     """Scores every sample of `dataset` into the file `out`; `advance(n)` is called after each batch of n.
 
-    Raises `FingerprintMismatchError`, `TrainingError` for a sample that the student cannot take, `OSError`.
+    Raises `FingerprintMismatchError`, `TrainingError` for a sample that the student cannot take or whose logits are not
+    finite, `OSError`.
     """
     with write_scores(out, record) as scores:
-        _score(examinee, dataset, scores, record.top, batch_size, advance)
+        _score(examinee, dataset, scores, record, batch_size, advance)
 
 
 @torch.inference_mode()
 def _score(
-    examinee: Examinee, dataset: LakeDataset, scores: ScoresWriter, top: int, batch_size: int, advance: Advance
+    examinee: Examinee,
+    dataset: LakeDataset,
+    scores: ScoresWriter,
+    record: ScoresRecord,
+    batch_size: int,
+    advance: Advance,
 ) -> None:
     weight_VH = examinee.model.lm_head.weight[: examinee.renderer.vocab_size]
     for samples, batch, teacher in forced_batches(examinee, dataset, batch_size=batch_size):
-        rows = row_scores(hidden_response_rows(examinee.model, batch), weight_VH, teacher, top=top)
+        rows = row_scores(hidden_response_rows(examinee.model, batch), weight_VH, teacher, top=record.top)
+        _check_finite(rows, samples, record)
         stops = np.cumsum([len(sample.response_ids) for sample in samples])[:-1]
         figures = (np.split(values_R.cpu().numpy(), stops) for values_R in vars(rows).values())
         scores.add(
@@ -90,3 +99,15 @@ def _score(
             ]
         )
         advance(len(samples))
+
+
+def _check_finite(rows: RowScores, samples: Sequence[LakeSample], record: ScoresRecord) -> None:
+    """No comparison with NaN is true, so a token of which nothing is known would be the student's first choice."""
+    bad_R = ~(torch.isfinite(rows.label_logprob_R) & torch.isfinite(rows.forward_kl_R))
+    if num_bad := int(bad_R.sum()):
+        stops = np.cumsum([len(sample.response_ids) for sample in samples])
+        first = samples[int(np.searchsorted(stops, int(bad_R.nonzero()[0]), side="right"))]
+        raise TrainingError(
+            f"sample {first.sample_id}: the logits of {record.student} are not finite in {record.dtype}, at {num_bad} "
+            f"of {len(bad_R)} tokens in its batch; score it in float32, or train it again"
+        )

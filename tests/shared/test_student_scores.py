@@ -149,6 +149,41 @@ def test_students_are_linked_by_the_fingerprint(
     assert LinkedStudents(tmp_path / "nowhere", main).names == []
 
 
+def test_scores_of_one_cache_are_never_in_the_place_of_anothers(tmp_path: Path) -> None:
+    """Whatever caches and splits are called: each has its own file, where the viewer looks for it."""
+    of = [("main", None), ("main", "test"), ("main-test", None), ("main.test", None), ("main", "a/b"), ("main", "../x")]
+    paths = {scores_path(tmp_path / "runs" / "demo" / "d2s", cache, split) for cache, split in of}
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert paths == set((tmp_path / "runs").glob("*/*/scores/*.parquet"))
+    assert len(paths) == len(of)
+
+
+def test_a_folder_of_many_runs_is_read_once(
+    small_lake: Path, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at a sample asks for the students of the cache; only files that are new are opened."""
+    made_scores(small_lake, path)
+    runs, main = tmp_path / "runs", Lake.open(small_lake).cache("main")
+    for number in range(1100):
+        stage = runs / f"run-{number:04}" / "d2s"
+        scores_path(stage, "main", None).parent.mkdir(parents=True)
+        scores_path(stage, "main", None).hardlink_to(path)
+    assert len(LinkedStudents(runs, main).names) == 1101
+    monkeypatch.setattr("logitlake_shared.student_scores._opened", lambda path: pytest.fail(f"{path} is opened"))
+    assert len(LinkedStudents(runs, main).names) == 1101
+
+
+def test_scores_that_are_removed_meanwhile_are_not_there(small_lake: Path, path: Path) -> None:
+    """Between the list of students and the look at one."""
+    (written, *_) = made_scores(small_lake, path)
+    linked = LinkedStudents(path.parents[3], Lake.open(small_lake).cache("main"))
+    path.unlink()
+    with pytest.raises(DataError, match="score it again"):
+        linked.find("demo/d2s", written.sample_id)
+
+
 def test_inspect_shows_a_student_beside_the_teacher(small_lake: Path, path: Path) -> None:
     """As JSON every figure of the file; on a terminal the two choices beside each other."""
     written = made_scores(small_lake, path)[0]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from logitlake_shared.reader import LakeDataset
@@ -18,6 +19,7 @@ from logitlake_shared.student_scores import Scores
 from logitlake_student.answers import kl_to_teacher, load_examinee
 from logitlake_student.losses.distillation import TeacherBatch
 from logitlake_student.losses.reference import distillation_loss_reference
+from logitlake_student.score_command import stage_of
 from logitlake_student.score_figures import summarised
 from logitlake_student.scores import row_scores
 
@@ -118,7 +120,7 @@ def test_a_run_is_scored_once_where_a_viewer_looks(
     command = ("score", student_world.output, student_lake, "--cache", "main", "--split", "test")
     first = student_command(*command)
     assert first.code == 0, first.err
-    path = stage / "scores" / "main-test.parquet"
+    path = stage / "scores" / "main@test.parquet"
     assert str(path) in first.out
     assert Scores(path).record.student == f"{student_world.output.name}/d2d"
     assert summarised(Scores(path)).total.num_samples == len(LakeDataset(student_lake, "main", split="test"))
@@ -160,6 +162,7 @@ def test_the_documented_question_is_answered(
     [
         ((), "name a file with --out"),
         (("--out", "{taken}"), "is there, and no file of scores"),
+        (("--out", "{taken}/x.parquet"), "cannot be looked at: Not a directory; choose another --out"),
         (("--out", "{new}", "--split", "nope"), "holds no samples with split='nope'"),
         (("--out", "{new}", "--cache", "preference"), "holds pairs, expected samples"),
     ],
@@ -181,3 +184,54 @@ def test_what_cannot_be_scored_is_said_first(
     assert says in done.err
     assert taken.read_text() == "mine"
     assert not (tmp_path / "new.parquet").exists()
+
+
+def test_a_student_of_which_nothing_is_known_has_no_scores(
+    student_checkpoint: Path, student_lake: Path, student_command: Command, tmp_path: Path
+) -> None:
+    """NaN, as float16 gives where logits overflow, is an error that names the sample, and not a first choice."""
+    broken, out = tmp_path / "broken", tmp_path / "scores.parquet"
+    shutil.copytree(student_checkpoint, broken)
+    weights = load_file(broken / "model.safetensors")
+    (norm,) = (
+        name for name in weights if name.endswith("language_model.model.norm.weight") or name == "model.norm.weight"
+    )
+    save_file(
+        weights | {norm: torch.full_like(weights[norm], torch.nan)}, broken / "model.safetensors", {"format": "pt"}
+    )
+    done = student_command("score", broken, student_lake, "--cache", "main", "--out", out)
+    assert done.code != 0
+    first = LakeDataset(student_lake, "main")[0].sample_id
+    assert f"sample {first}: the logits of broken are not finite in float32" in done.err
+    assert not list(tmp_path.glob("*.parquet*"))
+
+
+def test_damaged_scores_say_how_to_have_new_ones(
+    student_checkpoint: Path, student_lake: Path, student_command: Command, tmp_path: Path
+) -> None:
+    """A footer that is whole says that they are there already: what to do must get past it."""
+    out = tmp_path / "scores.parquet"
+    command = ("score", student_checkpoint, student_lake, "--cache", "main", "--out", out)
+    assert student_command(*command).code == 0
+    data = out.read_bytes()
+    out.write_bytes(data[:100] + bytes([data[100] ^ 16]) + data[101:])
+    assert f"{out}: cannot be read as scores" in (said := student_command(*command).err)
+    assert "remove it, and score again" in said
+    out.unlink()
+    assert student_command(*command).code == 0
+    assert out.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "stage"),
+    [
+        ("/runs/demo/d2s/model", "demo/d2s"),
+        ("/demo/d2s/model", "demo/d2s"),
+        ("/d2s/model", None),
+        ("/model", None),
+        ("/runs/demo/d2s/export", None),
+    ],
+)
+def test_the_stage_of_a_checkpoint(checkpoint: str, stage: str | None) -> None:
+    """Where a container has its model at `/model`, it is no stage's."""
+    assert stage_of(Path(checkpoint)) == stage
