@@ -203,6 +203,10 @@ class LinkedStudents:
         """`<run>/<stage>`, sorted."""
         return sorted(self._scores)
 
+    def scored_on(self, split: str) -> list[str]:
+        """Those of `names` that were scored on samples of this split."""
+        return [name for name in self.names if any(one.record.split in (None, split) for one in self._scores[name])]
+
     def find(self, name: str, sample_id: str) -> ScoredSample:
         """A student's scores of a sample. Raises `DataError` where there are none, `LakeCorruptError`."""
         if name not in self._scores:

@@ -139,6 +139,7 @@ def test_students_are_linked_by_the_fingerprint(
     damaged.write_bytes(b"no")
     linked = LinkedStudents(runs, main)
     assert linked.names == ["a/d2d", "b/d2s"]
+    assert (linked.scored_on("test"), linked.scored_on("train")) == (["a/d2d", "b/d2s"], ["b/d2s"])
     assert str(damaged) in caplog.text
     assert are_equal(linked.find("b/d2s", last.sample_id), last)
     assert are_equal(linked.find("a/d2d", first.sample_id), first)

@@ -94,7 +94,7 @@ class SampleDocument(_Document):
     tokenizer: str = Field(examples=["teacher"])
     """how the tokens' texts were made, or why there are none"""
     students: list[str] = Field(examples=[["demo/d2s"]])
-    """stages of runs that were scored on the cache"""
+    """stages of runs that were scored on the cache's samples of this split"""
     student: str | None = Field(examples=["demo/d2s"])
     """the one whose figures each token has under `student`"""
 

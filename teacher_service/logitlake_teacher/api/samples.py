@@ -100,7 +100,7 @@ def viewed(
         except DataError as error:
             raise Problem("not_found", str(error)) from None
     view = view_sample(found, decode, scrubbed(note), top=top, student=scored)
-    return view, [] if students is None else students.names
+    return view, [] if students is None else students.scored_on(view.split)
 
 
 def _one_image(

@@ -125,13 +125,15 @@ def test_a_student_stands_beside_the_teacher(client: httpx.Client, small_lake: P
     alone = client.get(url).json()
     assert (alone["students"], alone["student"]) == (["demo/d2s"], None)
     assert [token["student"] for token in alone["responses"][0]["tokens"]] == [None] * len(sample.response_ids)
+    made_scores(small_lake, scores_path(tmp_path / "runs" / "demo" / "d2d", "main", "other"), split="other")
     told = client.get(url, params={"student": "demo/d2s", "top": 3}).json()
+    assert told["students"] == ["demo/d2s"]  # the other has no samples of this one's split
     assert told["student"] == "demo/d2s"
     for t, token in enumerate(told["responses"][0]["tokens"]):
         assert token["student"]["forward_kl"] == pytest.approx(float(scored.forward_kl_T[t]))
         assert [choice["token_id"] for choice in token["student"]["alternatives"]] == scored.topk_ids_TK[t, :3].tolist()
     for asked, says in (
-        (f"{url}?student=nobody", "no student 'nobody' was scored on this cache; there are demo/d2s"),
+        (f"{url}?student=nobody", "no student 'nobody' was scored on this cache; there are demo/d2d, demo/d2s"),
         (f"/v1/caches/main/samples/{other.sample_id}?student=demo/d2s", "is none of them; score it again for all"),
         (f"/v1/caches/pairs/samples/{PairDataset(small_lake, 'pairs').ids()[0]}?student=demo/d2s", "no student"),
     ):
