@@ -54,7 +54,9 @@ class Capture:
         job = CaptureJob(
             prepared.kind, str(self.root), lake.cache, self.config.engine, prepared.setup, self.config.images
         )
-        yield from build_executor(self.config.executor, self.config.engine).run(units, partial(UnitWorker, job))
+        executor = build_executor(self.config.executor, self.config.engine)
+        for done in executor.run(units, partial(UnitWorker, job)):
+            yield done.record
 
     def assert_whole(self) -> None:
         """The lake that the inline executor wrote, every sample once, nothing else in it."""
