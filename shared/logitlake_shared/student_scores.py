@@ -2,8 +2,8 @@
 
 The two services meet here as they meet in the lake. `logitlake-student score` writes
 `<run>/<stage>/scores/<cache>.parquet`, of one split `<cache>@<split>.parquet`; whoever shows a sample of a cache with
-the same fingerprint can show the student beside the teacher. Rows come in the order of their ids, in row groups of some
-ten thousand tokens, so that one sample is found by the footer's bounds and read alone. The file appears whole or not at
+the same fingerprint can show the student beside the teacher. Rows come in the order of their ids, in row groups of two
+megabytes, so that one sample is found by the footer's bounds and little else is read. The file appears whole or not at
 all.
 """
 
@@ -49,7 +49,7 @@ _log = logging.getLogger("logitlake.scores")
 
 _SCHEMA = arrow_schema(SCORE_COLUMNS)
 _RECORD = f"{FOOTER_PREFIX}scores"
-_GROUP_TOKENS = 32_768
+_GROUP_ENTRIES = 2**18
 _GROUP_ROWS = 4096
 _ZSTD_LEVEL = 3
 # Records kept in memory, of a kilobyte each: more than there are files below a folder of runs, or none is of use.
@@ -83,21 +83,21 @@ class ScoresWriter:
     def __init__(self, writer: pq.ParquetWriter) -> None:
         self._writer = writer
         self._waiting: list[ScoredSample] = []
-        self._num_tokens = 0
+        self._num_entries = 0
 
     def add(self, samples: Sequence[ScoredSample]) -> None:
         """Some more samples. Raises `OSError`."""
         for sample in samples:
             self._waiting.append(sample)
-            self._num_tokens += len(sample.label_logprob_T)
-            if self._num_tokens >= _GROUP_TOKENS or len(self._waiting) == _GROUP_ROWS:
+            self._num_entries += sample.topk_ids_TK.size
+            if self._num_entries >= _GROUP_ENTRIES or len(self._waiting) == _GROUP_ROWS:
                 self.flush()
 
     def flush(self) -> None:
         """Ends the row group."""
         if self._waiting:
             self._writer.write_table(_table(self._waiting), row_group_size=len(self._waiting))
-        self._waiting, self._num_tokens = [], 0
+        self._waiting, self._num_entries = [], 0
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from tests.shared.conftest import made_scores
 
-from logitlake_schemas import SCORE_COLUMNS, arrow_schema
+from logitlake_schemas import SCORE_COLUMNS, ScoresRecord, arrow_schema
 from logitlake_shared.cli import cli
 from logitlake_shared.errors import ConfigError, DataError, LakeCorruptError, LogitLakeError
 from logitlake_shared.lake import Lake
@@ -43,7 +43,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_what_was_written_is_read(small_lake: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it in order, and each sample by its id, in whatever row group it lies."""
-    monkeypatch.setattr("logitlake_shared.student_scores._GROUP_TOKENS", 5)
+    monkeypatch.setattr("logitlake_shared.student_scores._GROUP_ENTRIES", 20)
     written = made_scores(small_lake, path)
     scores = Scores(path)
     assert pq.ParquetFile(path).num_row_groups > 2
@@ -68,6 +68,25 @@ def test_any_reader_of_parquet_takes_it(small_lake: Path, path: Path) -> None:
     kl, num_entries, k = duckdb.execute(asked, [last.sample_id]).fetchall()[0]
     assert kl == pytest.approx(float(last.forward_kl_T.sum()))
     assert num_entries == k == last.topk_ids_TK.size
+
+
+def test_one_sample_costs_as_little_where_many_choices_are_kept(path: Path) -> None:
+    """A row group, which is read for it, has as many bytes with a thousand choices of each token as with eight."""
+    facts = {"student": "demo/d2s", "model_sha256": "0" * 64, "dtype": "float32", "cache": "main", "snapshot": 1}
+    record = ScoresRecord.model_validate(facts | {"spec_fingerprint": "1" * 64, "split": None, "top": 1000})
+    figures_T, entries_TK = np.zeros(100, np.float32), np.zeros((100, 1000), np.float32)
+    with write_scores(path, record) as scores:
+        for number in range(10):
+            scores.add(
+                [
+                    ScoredSample(
+                        f"s{number}", "t", figures_T, figures_T.astype(np.int32), figures_T, figures_T,
+                        entries_TK.astype(np.int32), entries_TK,
+                    )
+                ]
+            )  # fmt: skip
+    assert pq.ParquetFile(path).metadata.num_row_groups == 4  # of 300,000 entries, the first that are over 2**18
+    assert Scores(path).find("s9") is not None
 
 
 def test_of_two_writers_one_is_refused(small_lake: Path, path: Path) -> None:
