@@ -53,8 +53,11 @@ def rebuild_catalog(lake: Lake) -> int:
 
 
 def newest_number(store: ObjectStore) -> int:
-    """The number of the newest published catalog; 0 when there is none."""
-    names = store.names(layout.catalog_prefix())
+    """The number of the newest published catalog; 0 when there is none.
+
+    What a DuckDB that opened one to write left beside it (`.duckdb.wal`) is none.
+    """
+    names = [name for name in store.names(layout.catalog_prefix()) if name.endswith(".duckdb")]
     return layout.catalog_number(names[-1]) if names else 0
 
 

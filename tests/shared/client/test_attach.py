@@ -89,6 +89,13 @@ def test_a_lake_on_the_disk_is_attached_where_it_lies(published: Path, run_comma
         assert "day" not in connection.sql("FROM samples").columns
 
 
+def test_a_catalog_that_somebody_opened_to_write_is_still_one(published: Path, run_command: Command) -> None:
+    """With the log that their DuckDB left beside it, which is no catalog."""
+    (published / f"{layout.catalog_path(1)}.wal").touch()
+    done = run_command("logitlake", "attach", published)
+    assert (done.code, answers(done.out)) == (0, expected(published))
+
+
 def test_an_older_duckdb_takes_the_same_statements(published: Path, run_command: Command) -> None:
     """1.4, in a process without this package; that one reads every column but `topk_ids`."""
     older = Path(sys.prefix) / "duckdb-1.4"
