@@ -20,7 +20,8 @@ __all__ = ["Cursor", "Limit", "Page", "decode_cursor", "encode_cursor", "page_of
 Item = TypeVar("Item")
 
 Limit = Annotated[int, Query(ge=1, le=200, description="items of a page")]
-Cursor = Annotated[str | None, Query(max_length=1000, description="`next_cursor` of the page before")]
+# In base64 an id of the most characters that a path may have (4096), each of four bytes, and the checksum.
+Cursor = Annotated[str | None, Query(max_length=21_852, description="`next_cursor` of the page before")]
 
 
 class Page(BaseModel, Generic[Item]):

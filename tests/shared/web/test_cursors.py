@@ -5,9 +5,10 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from logitlake_shared.ids import is_id, least_id, new_id
-from logitlake_shared.web.cursors import encode_cursor, page_of
+from logitlake_shared.web.cursors import Cursor, encode_cursor, page_of
 from logitlake_shared.web.problems import Problem
 
 KEYS = st.lists(st.text(min_size=1), unique=True)
@@ -35,6 +36,12 @@ def test_what_is_no_cursor_is_refused(text: str) -> None:
     with pytest.raises(Problem) as refused:
         page_of([("a", 1)], "list", 1, text)
     assert refused.value.code == "invalid_request"
+
+
+def test_a_list_goes_on_after_the_longest_id() -> None:
+    """A sample's id may be that long where it is asked for, so the list of samples must get past it."""
+    cursor = encode_cursor("\N{MUSICAL SYMBOL G CLEF}" * 4096, "list")
+    assert TypeAdapter(Cursor).validate_python(cursor) == cursor
 
 
 def test_a_cursor_of_another_list_is_refused() -> None:
