@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,8 +31,6 @@ class ProcessRunner:
 
     def __init__(self, folder: Path, command_of: CommandOf) -> None:
         self._folder, self._command_of = folder.resolve(), command_of
-        self._children: list[int] = []
-        """that this process has to reap, should it live as long"""
 
     def start(self, job: Job, number: int) -> None:
         """See `Runner.start`."""
@@ -57,14 +56,13 @@ class ProcessRunner:
                 setsid=True,  # a Ctrl-C in the service's terminal is not for it
             )
             os.pwrite(lock, str(process).encode(), 0)
-            self._children.append(process)
+            threading.Thread(target=_reap, args=(process,), name=f"waits for {process}", daemon=True).start()
         finally:
             os.close(log)
             os.close(lock)
 
     def look(self, job: Job, number: int, log_offset: int) -> Look:
         """See `Runner.look`."""
-        self._children = [child for child in self._children if os.waitpid(child, os.WNOHANG) == (0, 0)]
         folder = self._attempt(job, number)
         is_alive = _is_locked(folder / "lock")  # before the log is read: what it says last must not be missed
         code = None
@@ -97,6 +95,12 @@ class ProcessRunner:
 
     def _attempt(self, job: Job, number: int) -> Path:
         return self._folder / job.id / str(number)
+
+
+def _reap(process: int) -> None:
+    """Waits for a child to end: whatever is looked at afterwards, it does not stay behind as a zombie."""
+    with suppress(ChildProcessError):  # where children are reaped by themselves (SIGCHLD is ignored)
+        os.waitpid(process, 0)
 
 
 def _is_locked(path: Path) -> bool:

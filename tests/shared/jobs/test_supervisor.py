@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.shared.jobs.conftest import Workshop
+from tests.shared.jobs.conftest import PATIENCE_S, Workshop
 
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.jobs.orders import cancel, pause, resume
@@ -147,6 +148,16 @@ def test_jobs_of_a_lane_run_one_after_the_other_and_no_more_at_once_than_may(tmp
     for job in jobs:
         workshop.until_state(job, *ENDED)
     os.close(workshop.gate)
+
+
+def test_an_attempt_that_ended_leaves_nothing_behind(workshop: Workshop) -> None:
+    """No zombie, whether or not anybody looks after the jobs any more."""
+    process = workshop.pid(workshop.until_it_waits(workshop.submit(wait_in="running")))
+    os.killpg(process, signal.SIGKILL)
+    end = time.monotonic() + PATIENCE_S
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)  # the kernel has to take it down
 
 
 @pytest.mark.parametrize("phase", PHASES)
