@@ -8,6 +8,7 @@ all.
 """
 
 import fcntl
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -22,14 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from logitlake_schemas import SCORE_COLUMNS, ScoresRecord, arrow_schema
 from logitlake_shared.arrow_lists import column_views, list_array
 from logitlake_shared.durable import make_folder, sync
-from logitlake_shared.errors import ConfigError, DataError, LakeCorruptError
+from logitlake_shared.errors import ConfigError, DataError, LakeCorruptError, LakeError
 from logitlake_shared.lake import Cache
-from logitlake_shared.shards import FOOTER_PREFIX
+from logitlake_shared.shards import FOOTER_PREFIX, check_format_version
 
 __all__ = [
     "LinkedStudents",
@@ -192,7 +192,7 @@ class LinkedStudents:
             run, stage = path.parts[-4:-2]
             try:
                 scores = Scores(path)
-            except (LakeCorruptError, OSError) as error:
+            except (LakeError, OSError) as error:
                 _log.warning("left out: %s", error)
                 continue
             if scores.record.spec_fingerprint == cache.fingerprint:
@@ -237,10 +237,11 @@ def _record_as_of(path: Path, size: int, mtime_ns: int) -> ScoresRecord:
         if file.schema_arrow.names != _SCHEMA.names or _RECORD not in metadata:
             raise LakeCorruptError(f"{path}: not a file of scores; `logitlake-student score` writes them")
     try:
+        check_format_version(str(json.loads(metadata[_RECORD])["format_version"]), str(path))
         return ScoresRecord.model_validate_json(metadata[_RECORD])
-    except ValidationError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise LakeCorruptError(
-            f"{path}: its footer cannot be read ({error.error_count()} faults); remove it, and score again"
+            f"{path}: its footer does not say whose scores these are; remove it, and score again"
         ) from error
 
 

@@ -17,7 +17,7 @@ from tests.shared.conftest import made_scores
 
 from logitlake_schemas import SCORE_COLUMNS, ScoresRecord, arrow_schema
 from logitlake_shared.cli import cli
-from logitlake_shared.errors import ConfigError, DataError, LakeCorruptError, LogitLakeError
+from logitlake_shared.errors import ConfigError, DataError, LakeError, LogitLakeError
 from logitlake_shared.lake import Lake
 from logitlake_shared.reader import PairDataset
 from logitlake_shared.student_scores import (
@@ -122,7 +122,7 @@ def test_no_flipped_bit_is_believed(small_lake: Path, path: Path) -> None:
         path.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
         try:
             read = list(Scores(path))
-        except LakeCorruptError:
+        except LakeError:
             num_errors += 1
         else:
             assert len(read) == len(written)
@@ -153,6 +153,7 @@ def test_students_are_linked_by_the_fingerprint(
     first, *_, last = made_scores(small_lake, scores_path(runs / "b" / "d2s", "main", None))
     made_scores(small_lake, scores_path(runs / "a" / "d2d", "main", "test"), num_samples=1, split="test")
     made_scores(small_lake, scores_path(runs / "c" / "d2d", "main", None), spec_fingerprint="another")
+    made_scores(small_lake, scores_path(runs / "e" / "d2d", "main", None), format_version=2)
     damaged = scores_path(runs / "d" / "d2d", "main", None)
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(b"no")
@@ -160,6 +161,7 @@ def test_students_are_linked_by_the_fingerprint(
     assert linked.names == ["a/d2d", "b/d2s"]
     assert (linked.scored_on("test"), linked.scored_on("train")) == (["a/d2d", "b/d2s"], ["b/d2s"])
     assert str(damaged) in caplog.text
+    assert "format version 2, this release reads 1" in caplog.text
     assert are_equal(linked.find("b/d2s", last.sample_id), last)
     assert are_equal(linked.find("a/d2d", first.sample_id), first)
     with pytest.raises(DataError, match=r"samples of split 'test' of snapshot 1, and .* is none of them"):
