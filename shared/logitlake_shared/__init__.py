@@ -14,6 +14,7 @@ topk          the top-k codec: grid, adaptive k, tail mass and what bounds it, s
 draws         the other codec: counts of draws from the full distribution
 store         objects in a folder, in memory or in an object store, behind one interface
 durable       local files that are there whole or not at all
+file_locks    who works in a file or folder alone
 rows          samples, pairs and images in memory, and their Arrow tables
 shards        rows <-> Parquet bytes
 lake          caches, units, commit records, snapshots

@@ -7,7 +7,6 @@ megabytes, so that one sample is found by the footer's bounds and little else is
 all.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from logitlake_schemas import SCORE_COLUMNS, ScoresRecord, arrow_schema
 from logitlake_shared.arrow_lists import column_views, list_array
 from logitlake_shared.durable import make_folder, sync
 from logitlake_shared.errors import ConfigError, DataError, LakeCorruptError, LakeError
+from logitlake_shared.file_locks import is_named, try_lock
 from logitlake_shared.lake import Cache
 from logitlake_shared.shards import FOOTER_PREFIX, check_format_version
 
@@ -109,7 +109,7 @@ def write_scores(path: Path, record: ScoresRecord) -> Iterator[ScoresWriter]:
     make_folder(path.parent)
     staged = path.with_name(f"{path.name}#writing")
     with staged.open("ab") as out:
-        if not _is_ours(out, staged):
+        if not (try_lock(out) and is_named(out, staged)):
             raise ConfigError(f"{path}: another process is writing there; wait for it, or choose another --out")
         out.truncate(0)  # of one that was killed
         try:
@@ -243,15 +243,6 @@ def _record_as_of(path: Path, size: int, mtime_ns: int) -> ScoresRecord:
         raise LakeCorruptError(
             f"{path}: its footer does not say whose scores these are; remove it, and score again"
         ) from error
-
-
-def _is_ours(out: IO[bytes], staged: Path) -> bool:
-    """Whether this process alone has the file, which nobody gave its name in the meantime."""
-    try:
-        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(out.fileno()), staged.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
 
 
 def _parquet_writer(out: IO[bytes]) -> pq.ParquetWriter:

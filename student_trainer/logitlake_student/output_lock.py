@@ -5,7 +5,6 @@ however it ends: a lock cannot be left behind. Over a network file system that i
 server (NFS 4 does).
 """
 
-import fcntl
 import json
 import os
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from logitlake_shared.errors import ConfigError
+from logitlake_shared.file_locks import is_named, try_lock
 
 __all__ = ["output_lock"]
 
@@ -40,25 +40,16 @@ def output_lock(folder: Path) -> Iterator[None]:
 def _locked(path: Path, folder: Path) -> IO[str]:
     while True:
         file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             file.close()
             raise ConfigError(
                 f"{folder}: another trainer works in this folder: {_owner(path)}; wait for it, stop it, or choose "
                 "another `output`"
-            ) from None
+            )
         # One that ended in between has removed what we opened: whoever comes next would open another file.
-        if _is(path, file):
+        if is_named(file, path):
             return file
         file.close()
-
-
-def _is(path: Path, file: IO[str]) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def _owner(path: Path) -> str:

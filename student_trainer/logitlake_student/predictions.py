@@ -8,7 +8,6 @@ other data or another setting is refused instead of mixed in. `gold` is there wh
 which the model is not shown.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from logitlake_shared.cli_support import progress
 from logitlake_shared.data_formats import Conversation, read_llava
 from logitlake_shared.durable import replace_file
 from logitlake_shared.errors import ConfigError, DataError
+from logitlake_shared.file_locks import try_lock
 from logitlake_student.evaluate import checkpoint_sha256
 
 __all__ = ["Prediction", "write_predictions"]
@@ -138,12 +138,8 @@ def _owned(path: Path) -> Iterator[IO[bytes]]:
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; --out names the file to write, e.g. {path / 'answers.jsonl'}")
     with path.open("ab+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{path}: another process is writing there; wait for it, or choose another --out"
-            ) from None
+        if not try_lock(file):
+            raise ConfigError(f"{path}: another process is writing there; wait for it, or choose another --out")
         yield file
 
 

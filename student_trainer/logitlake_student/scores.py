@@ -21,7 +21,7 @@ from logitlake_shared.rows import LakeSample
 from logitlake_shared.student_scores import ScoredSample, ScoresWriter, write_scores
 from logitlake_student.answers import Examinee, forced_batches
 from logitlake_student.losses.chunked import ChunkedHead
-from logitlake_student.losses.distillation import TeacherBatch, row_divergence
+from logitlake_student.losses.distillation import TeacherBatch, row_forward_kl
 from logitlake_student.models.forward import hidden_response_rows
 
 __all__ = ["RowScores", "row_scores", "score_samples"]
@@ -57,7 +57,7 @@ def row_scores(hidden_RH: Tensor, weight_VH: Tensor, teacher: TeacherBatch, *, t
                 label_C1.squeeze(1),
                 (logprobs_CV > label_C1).sum(dim=-1) + 1,
                 torch.special.entr(logprobs_CV.exp()).sum(dim=-1),
-                row_divergence(logits_CV, teacher, rows),
+                row_forward_kl(logits_CV, teacher, rows),
                 topk.indices,
                 topk.values,
             )

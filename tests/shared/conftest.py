@@ -1,5 +1,7 @@
 """A small lake of both kinds, for what reads one."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,3 +63,12 @@ def made_scores(lake: Path, path: Path, *, num_samples: int | None = None, **rec
     with write_scores(path, ScoresRecord.model_validate(facts | record)) as scores:
         scores.add(samples)
     return samples
+
+
+def older_duckdb() -> Path:
+    """Where a DuckDB 1.4 is, beside the real one. Without it a test is skipped, or fails where all must be there."""
+    older = Path(sys.prefix) / "duckdb-1.4"
+    if not older.is_dir():
+        says = f"DuckDB 1.4 is not installed at {older}; `make .venv/.installed-test` puts it there"
+        (pytest.fail if os.environ.get("LOGITLAKE_REQUIRE_VLLM") == "1" else pytest.skip)(says)
+    return older

@@ -13,6 +13,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.shared.conftest import older_duckdb
 
 from logitlake_schemas import CaptureSpec, layout
 from logitlake_shared.catalog import Catalog, publish_catalog, rebuild_catalog
@@ -202,14 +203,9 @@ def test_plain_duckdb_reads_the_lake(lake: Lake, version: str) -> None:
     environment = dict(os.environ)
     command = [sys.executable, "-c", PLAIN, lake.store.uri]
     if version == "1.4":
-        older = Path(sys.prefix) / "duckdb-1.4"
-        if not older.is_dir():
-            if os.environ.get("LOGITLAKE_REQUIRE_VLLM") == "1":
-                pytest.fail(f"DuckDB 1.4 is not installed at {older}; `make .venv/.installed-test` puts it there")
-            pytest.skip(f"DuckDB 1.4 is not installed at {older}")
         # -S: none of the environment's own packages.
         command.insert(1, "-S")
-        environment["PYTHONPATH"] = str(older)
+        environment["PYTHONPATH"] = str(older_duckdb())
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found, tokens, places = json.loads(done.stdout)
     assert found.startswith(version)

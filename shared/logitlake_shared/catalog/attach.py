@@ -7,7 +7,6 @@ fetched again, so whoever was stopped goes on where they were. The catalog comes
 is not there.
 """
 
-import fcntl
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from logitlake_shared.catalog.publish import Published, newest_number, read_publ
 from logitlake_shared.catalog.tables import pin
 from logitlake_shared.durable import remove_staged, replace_file
 from logitlake_shared.errors import ConfigError, LakeCorruptError, LakeError
+from logitlake_shared.file_locks import try_lock
 from logitlake_shared.lake import Lake
 from logitlake_shared.shards import committed_bytes, missing_error
 
@@ -166,10 +166,6 @@ def _is_whole(path: Path, entry: ShardEntry) -> bool:
 def _alone_in(folder: Path) -> Iterator[None]:
     """While nobody else copies into the folder. The lock goes with its process, however that ends."""
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{folder}: another process copies into it; wait for it, or name another folder"
-            ) from None
+        if not try_lock(file):
+            raise ConfigError(f"{folder}: another process copies into it; wait for it, or name another folder")
         yield

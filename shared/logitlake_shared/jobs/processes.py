@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from logitlake_shared.config import to_toml
+from logitlake_shared.file_locks import try_lock
 from logitlake_shared.jobs.progress import VARIABLE
 from logitlake_shared.jobs.records import Job
 from logitlake_shared.jobs.runner import CommandOf, Look
@@ -109,12 +110,9 @@ def _is_locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not try_lock(lock)
     finally:
         os.close(lock)
-    return False
 
 
 def _read(path: Path, offset: int, num_bytes: int) -> bytes:

@@ -4,7 +4,6 @@ One thread, which decides from what the store and the runner say and keeps nothi
 started again it goes on where it was. Only one supervisor works on a folder of jobs; a second one is refused.
 """
 
-import fcntl
 import logging
 import os
 import threading
@@ -13,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from logitlake_shared.errors import ConfigError, JobStateError, LogitLakeError
+from logitlake_shared.file_locks import try_lock
 from logitlake_shared.jobs.orders import given_up
 from logitlake_shared.jobs.progress import parse_lines
 from logitlake_shared.jobs.records import Attempt, Counts, Job, JobFault, JobState, Outcome, Wish
@@ -53,14 +53,12 @@ class Supervisor:
         if self._lock is not None:
             return
         lock = os.open(self._settings.folder / "supervisor.lock", os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(lock):
             os.close(lock)
             raise ConfigError(
                 f"{self._settings.folder}: another service looks after the jobs of this folder; give each a folder of "
                 "its own (jobs.folder)"
-            ) from None
+            )
         self._lock = lock
 
     def __enter__(self) -> "Supervisor":

@@ -47,7 +47,7 @@ from logitlake_shared.errors import DataError
 from logitlake_student.losses.chunked import ChunkedHead, accumulation_dtype
 from logitlake_student.losses.divergences import Classes, Divergence, forward_kl
 
-__all__ = ["LossSums", "TeacherBatch", "distillation_loss", "row_divergence"]
+__all__ = ["LossSums", "TeacherBatch", "distillation_loss", "row_forward_kl"]
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,10 @@ def distillation_loss(
     return loss, LossSums(divergence_sum.float(), ce_sum.float(), num_tokens)
 
 
-def row_divergence(
-    logits_CV: Tensor, teacher: TeacherBatch, rows: slice, divergence: Divergence = forward_kl
-) -> Tensor:
-    """The divergence `[C]` of each row at T = 1, the tail as one class: what `distillation_loss` sums. For looking at;
-    it has no gradient, and the logits are overwritten."""
-    return divergence(_Student.of(logits_CV, teacher.label_ids_R[rows], teacher, rows).classes)
+def row_forward_kl(logits_CV: Tensor, teacher: TeacherBatch, rows: slice) -> Tensor:
+    """The forward KL `[C]` of each row at T = 1, the tail as one class: what `distillation_loss` sums by default. For
+    looking at; it has no gradient, and the logits are overwritten."""
+    return forward_kl(_Student.of(logits_CV, teacher.label_ids_R[rows], teacher, rows).classes)
 
 
 def _labels(hidden_RH: Tensor, weight_VH: Tensor, teacher: TeacherBatch | None, label_ids_R: Tensor | None) -> Tensor:

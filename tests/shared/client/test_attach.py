@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from tests.served import served
-from tests.shared.conftest import small_lake
+from tests.shared.conftest import older_duckdb, small_lake
 from tests.teacher_service.api.conftest import teacher, tokens
 
 from logitlake_schemas import layout
@@ -98,9 +98,7 @@ def test_a_catalog_that_somebody_opened_to_write_is_still_one(published: Path, r
 
 def test_an_older_duckdb_takes_the_same_statements(published: Path, run_command: Command) -> None:
     """1.4, in a process without this package; that one reads every column but `topk_ids`."""
-    older = Path(sys.prefix) / "duckdb-1.4"
-    if not older.is_dir():
-        pytest.skip(f"DuckDB 1.4 is not installed at {older}; `make .venv/.installed-test` puts it there")
+    older = older_duckdb()
     statements = run_command("logitlake", "attach", published).out
     program = (
         "import duckdb, sys\nconnection = duckdb.connect()\nconnection.execute(sys.argv[1])\n"

@@ -1,7 +1,6 @@
 """The figures of a service that is killed: in a file, as they were when it died."""
 
 import json
-import os
 from pathlib import Path
 
 from prometheus_client.registry import Collector
@@ -33,7 +32,7 @@ class Book(JobMetrics):
         super().measured(before, after)
         written = self._path.with_suffix(".new")
         written.write_text(json.dumps(values(self)))
-        os.replace(written, self._path)  # noqa: PTH105  # a reader finds all of it or nothing
+        written.replace(self._path)  # a reader finds all of it or nothing
 
 
 def values(collector: Collector) -> dict[str, float]:
