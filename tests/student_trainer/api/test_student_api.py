@@ -19,7 +19,10 @@ from logitlake_student.api.runs import run_routes
 from logitlake_student.run_files import thinned
 
 ENDED = ("succeeded", "failed", "cancelled", "expired")
-STAGES = ({"type": "d2d", "steps": 60, "save_every": 1000}, {"type": "d2s", "steps": 2})
+# Steps of a stage that is paused in its middle, of some 20 ms each: ten times what goes by between the first that is
+# told and the order to pause.
+LONG = 500
+STAGES = ({"type": "d2d", "steps": LONG, "save_every": 1000}, {"type": "d2s", "steps": 2})
 
 Training = Callable[..., dict[str, Any]]
 
@@ -56,11 +59,11 @@ def test_a_run_that_is_paused_and_resumed_is_the_one_of_the_command_line(
     client.post(f"/v1/jobs/{job}/pause")
     until(client, job, lambda now: now["state"] == "paused")
     (saved,) = client.get("/v1/runs/demo/checkpoints").json()
-    assert 0 < saved["step"] < 60
+    assert 0 < saved["step"] < LONG
     client.post(f"/v1/jobs/{job}/resume")
     done = until(client, job, has_ended)
     assert done["state"] == "succeeded", client.get(f"/v1/jobs/{job}/logs").text
-    assert done["counts"]["total"] == done["counts"]["succeeded"] == 62
+    assert done["counts"]["total"] == done["counts"]["succeeded"] == LONG + 2
     assert len(done["attempts"]) == 2
     for stage in ("d2d", "d2s"):
         for name in ("model/model.safetensors", "metrics.jsonl"):
@@ -69,14 +72,14 @@ def test_a_run_that_is_paused_and_resumed_is_the_one_of_the_command_line(
 
     run = client.get("/v1/runs/demo").json()
     assert [(stage["name"], stage["is_done"], stage["step"]) for stage in run["stages"]] == [
-        ("d2d", True, 60),
+        ("d2d", True, LONG),
         ("d2s", True, 2),
     ]
     assert run["job"] == job
     assert run["snapshots"]["main"] == 1
     metrics = client.get("/v1/runs/demo/metrics", params={"stage": "d2d", "after_step": 2, "points": 3}).json()
     steps = [line["step"] for line in metrics[0]["data"]]
-    assert (steps[0], steps[-1], len(steps), metrics[0]["total"]) == (3, 60, 3, 58)
+    assert (steps[0], steps[-1], len(steps), metrics[0]["total"]) == (3, LONG, 3, LONG - 2)
     kinds = [(saved["stage"], saved["kind"]) for saved in client.get("/v1/runs/demo/checkpoints").json()]
     assert kinds == [("d2d", "model"), ("d2s", "model")]
 
