@@ -23,8 +23,8 @@ def attach(lake: str, cache: str | None, to: Path | None) -> None:
     """Print what a DuckDB of your own, 1.4 or later, is told so that it has the lake: paste it, or pipe it.
 
     The newest published catalog is attached as `lake` (tables caches, shards, errors, sample_index); samples, pairs and
-    images are views. LAKE is also s3://bucket/lake, or http://host:8321/v1/files (its token: LOGITLAKE_TOKEN, which
-    must cover every cache): with --to, what is not in FOLDER yet is fetched and verified first.
+    images are views. LAKE is also s3://bucket/lake, or http://host:8321/v1/files (its token: LOGITLAKE_TOKEN): with
+    --to, what is not in FOLDER yet is fetched and verified first, and a catalog is made where LAKE shows none.
 
     \b
     logitlake attach runs/demo/lake
@@ -40,7 +40,7 @@ def attach(lake: str, cache: str | None, to: Path | None) -> None:
         raise ConfigError(
             f"{lake}: is not on the local disk, where DuckDB reads; name a folder for a copy: --to FOLDER"
         )
-    found = find_attachable(opened, cache)
+    found = find_attachable(opened, cache, is_copied=to is not None)
     for line in found.late:
         click.echo(f"{line}; `logitlake rebuild` on the lake publishes a catalog that knows it", err=True)
     statements = attach_statements(folder, found)
@@ -51,6 +51,7 @@ def attach(lake: str, cache: str | None, to: Path | None) -> None:
         with progress("attach", len(found.files), "files", after_s=1.0) as advance:
             num_fetched = copy_files(opened, found, folder, advance)
         total += f" in {folder}, {num_fetched:,} fetched now"
-    click.echo(f"catalog {found.catalog.number}: {total}", err=True)
+    number = found.catalog.number
+    click.echo(f"{f'catalog {number}' if number else 'a catalog made here'}: {total}", err=True)
     for statement in statements:
         click.echo(statement)

@@ -90,7 +90,7 @@ def catalog_prefix() -> str:
 
 
 def catalog_path(number: int) -> str:
-    """Catalog `number` (from 1) of the lake."""
+    """Catalog `number` of the lake; published ones are numbered from 1."""
     return f"{catalog_prefix()}/catalog-{number:08d}.duckdb"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from logitlake_schemas import COLUMNS, ShardEntry, layout
 from logitlake_shared.catalog.index_file import quoted
 from logitlake_shared.catalog.open_shards import entry_of
-from logitlake_shared.catalog.publish import Published, newest_number, read_published
+from logitlake_shared.catalog.publish import Published, made_here, newest_number, read_published
 from logitlake_shared.catalog.tables import pin
 from logitlake_shared.durable import remove_staged, replace_file
 from logitlake_shared.errors import ConfigError, LakeCorruptError, LakeError
@@ -45,16 +45,22 @@ class Attachable:
     """of which caches the lake knows more than the catalog does, in words"""
 
 
-def find_attachable(lake: Lake, cache: str | None = None) -> Attachable:
+def find_attachable(lake: Lake, cache: str | None = None, *, is_copied: bool = False) -> Attachable:
     """The newest published catalog and its files; of this cache alone where one is named.
 
-    Raises `LakeError` where none was published or it does not know the cache, `LakeCorruptError` where it is damaged.
+    Of what is to be copied from a lake that shows no catalog, one that is made here. Raises `LakeError` where there is
+    none, or it does not know the cache, `LakeCorruptError` where it or a shard is damaged.
     """
     store = lake.store
-    number = newest_number(store)
-    if not number:
-        raise LakeError(_none_published(store.uri))
-    catalog = read_published(store, number)
+    if number := newest_number(store):
+        catalog = read_published(store, number)
+    elif is_copied:
+        catalog = made_here(lake, None if cache is None else [cache])
+    else:
+        raise LakeError(
+            f"{store.uri}: there is no catalog to attach: none was published; run `logitlake rebuild` on the lake, or "
+            "make a copy that has one: --to FOLDER"
+        )
     known = {name: snapshot for name, snapshot, _, _ in catalog.identities}
     if cache is not None and cache not in known:
         lake.cache(cache)  # a name that is no cache is another mistake
@@ -142,16 +148,6 @@ def attach_statements(folder: Path, found: Attachable) -> list[str]:
                 "hive_partitioning = false);",
             ]
     return statements
-
-
-def _none_published(uri: str) -> str:
-    said = f"{uri}: there is no catalog to attach: none was published; run `logitlake rebuild` on the lake"
-    if not uri.startswith(("http://", "https://")):
-        return said
-    return (
-        f"{said}, where it lies. Or the token is limited to some caches: the catalog tells of all, and is not shown "
-        "to it; it can ask `logitlake sql --server URL`, or take a token that covers every cache"
-    )
 
 
 def _is_whole(path: Path, entry: ShardEntry) -> bool:

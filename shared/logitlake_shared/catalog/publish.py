@@ -6,6 +6,7 @@ file. What is published can be lost at any time without harm: it is made again f
 """
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,25 @@ from logitlake_shared.errors import LakeCorruptError, LakeError
 from logitlake_shared.lake import Lake
 from logitlake_shared.store import ObjectStore
 
-__all__ = ["Published", "fetch", "newest_number", "publish_catalog", "read_published", "rebuild_catalog"]
+__all__ = [
+    "Published",
+    "fetch",
+    "made_here",
+    "newest_number",
+    "publish_catalog",
+    "read_published",
+    "rebuild_catalog",
+]
 
 _CHUNK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published catalog, every block of it read."""
+    """A published catalog, every block of it read; or one that was made here."""
 
     number: int
+    """no published one has 0"""
     data: bytes
     """the file"""
     identities: frozenset[tuple[str, int, str, str]]
@@ -80,9 +90,23 @@ def fetch(store: ObjectStore, number: int, folder: Path) -> Path:
 
 def read_published(store: ObjectStore, number: int) -> Published:
     """What catalog `number` holds. Raises `LakeCorruptError` where it is damaged or of another catalog version."""
-    where = f"{store.uri}/{layout.catalog_path(number)}"
-    with tempfile.TemporaryDirectory(prefix="logitlake-catalog-") as folder, duckdb.connect(":memory:") as connection:
-        path = fetch(store, number, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="logitlake-catalog-") as folder:
+        return _read(fetch(store, number, Path(folder)), number, f"{store.uri}/{layout.catalog_path(number)}")
+
+
+def made_here(lake: Lake, caches: Sequence[str] | None = None) -> Published:
+    """A catalog of these caches (of all that the lake shows), made from commit records and shards, published nowhere.
+
+    Raises `LakeError` where none has a snapshot, `LakeCorruptError` for a shard that is missing or damaged.
+    """
+    with tempfile.TemporaryDirectory(prefix="logitlake-catalog-") as folder:
+        path = Path(folder) / "new.duckdb"
+        write_index_file(path, pin(lake, caches), None)
+        return _read(path, 0, str(path))
+
+
+def _read(path: Path, number: int, where: str) -> Published:
+    with duckdb.connect(":memory:") as connection:
         data = path.read_bytes()
         try:
             if not attach(connection, path, "cat"):

@@ -19,7 +19,7 @@ from tests.shared.conftest import older_duckdb, small_lake
 from tests.teacher_service.api.conftest import teacher, tokens
 
 from logitlake_schemas import layout
-from logitlake_shared.catalog import open_catalog, publish_catalog
+from logitlake_shared.catalog import Catalog, open_catalog, publish_catalog
 from logitlake_shared.lake import Lake, UnitResult
 from logitlake_shared.store import TOKEN_VARIABLE, open_store
 from logitlake_shared.web.lake_files import LakeFiles
@@ -193,12 +193,15 @@ def test_whoever_is_killed_goes_on_where_they_were(published: Path, tmp_path: Pa
 
 
 def test_without_a_catalog_and_with_an_old_one_it_says_what_to_run(
-    small_lake: Path, make_unit: Callable[..., UnitResult], run_command: Command
+    small_lake: Path, make_unit: Callable[..., UnitResult], tmp_path: Path, run_command: Command
 ) -> None:
-    """None: an error. Older than the newest snapshots: what it holds, and that there is more."""
+    """None: an error, but a copy gets its own. One older than the snapshots: what it holds, and that there is more."""
     none = run_command("logitlake", "attach", small_lake)
     assert (none.code, none.out) == (2, "")
     assert "none was published; run `logitlake rebuild`" in none.err
+    copied = run_command(*attach(small_lake, tmp_path / "copy"))
+    assert (copied.code, answers(copied.out)) == (0, expected(small_lake))
+    assert not (small_lake / "catalog").exists()
     lake = Lake.open(small_lake)
     publish_catalog(lake)
     before = expected(small_lake)
@@ -218,8 +221,8 @@ def test_without_a_catalog_and_with_an_old_one_it_says_what_to_run(
     assert answers(new.out) == expected(small_lake)
 
 
-@pytest.mark.parametrize("cache", [None, "main", "pairs"])
-def test_a_token_of_some_caches_attaches_nothing(
+@pytest.mark.parametrize("cache", [None, "main"])
+def test_a_token_of_some_caches_attaches_those(
     published: Path,
     teacher: Teacher,
     tokens: TokenStore,
@@ -228,14 +231,25 @@ def test_a_token_of_some_caches_attaches_nothing(
     monkeypatch: pytest.MonkeyPatch,
     cache: str | None,
 ) -> None:
-    """The catalog tells of every cache: it is said whom it is for, nothing is printed and nothing is left."""
+    """The catalog tells of every cache and is kept from it; its copy gets one that knows of nothing else."""
     monkeypatch.setenv(TOKEN_VARIABLE, tokens.create("ada", "read", ("main",))[0])
+    copy, url = tmp_path / "copy", f"{teacher()[1]}/v1/files"
     only = () if cache is None else ("--cache", cache)
-    copy = tmp_path / "copy"
-    refused = run_command("logitlake", "attach", f"{teacher()[1]}/v1/files", "--to", copy, *only)
-    assert (refused.code, refused.out) == (2, "")
-    assert "a token that covers every cache" in refused.err
-    assert not copy.exists()
+    done = run_command(*attach(url, copy), *only)
+    assert done.code == 0, done.err
+    assert "a catalog made here: 6 files" in done.err
+    with duckdb.connect() as own, Catalog(Lake.open(published), caches=["main"]) as ours:
+        own.execute(done.out)
+        for question in (*QUESTIONS[:2], QUESTIONS[3]):
+            assert own.sql(question).to_arrow_table().to_pylist() == ours.query(question).to_pylist()
+        question = "SELECT DISTINCT cache FROM {}"
+        assert own.sql(question.format("lake.shards")).fetchall() == own.sql(question.format("lake.caches")).fetchall()
+        assert own.sql(question.format("lake.caches")).fetchall() == [("main",)]
+    assert not any("pairs" in str(path) for path in copy.rglob("*"))
+    foreign = run_command(*attach(url, tmp_path / "foreign"), "--cache", "pairs")
+    assert (foreign.code, foreign.out) == (2, "")
+    assert "no cache 'pairs'" in foreign.err
+    assert not (tmp_path / "foreign").exists()
 
 
 def test_a_file_that_is_gone_or_other_bytes_are_no_half_attach(
