@@ -201,7 +201,8 @@ def _over_steps(
         log_y=log_y,
         percent=percent,
     )
-    return Chart(title, note, svg, legend(series) if len(series) > 1 else None)
+    named = [one for one in series if one.points]
+    return Chart(title, note, svg, legend(named) if len(named) > 1 else None)
 
 
 def last_experts(stages: Sequence[StageCurves]) -> list[dict[str, Any]]:

@@ -2,13 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
-
-WIDTHS = (320, 1100)
+from tests.browser.pages import NewPage, picture
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +24,7 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def new_page(chromium: Browser) -> Iterator[Callable[..., Page]]:
+def new_page(chromium: Browser) -> Iterator[NewPage]:
     """`new_page(width=320, color_scheme="dark")`: a browser of its own, in which nothing may go wrong: no error in its
     console, no dialog, no request to anywhere else."""
     contexts, wrong = [], list[str]()
@@ -52,5 +51,7 @@ def new_page(chromium: Browser) -> Iterator[Callable[..., Page]]:
 
     yield make
     for context in contexts:
+        for page in context.pages:
+            picture(page)
         context.close()
     assert not wrong

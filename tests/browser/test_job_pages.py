@@ -4,9 +4,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 from playwright.sync_api import expect
-from tests.browser.test_teacher_pages import HOSTILE, NewPage, is_whole
+from tests.browser.pages import HOSTILE, SCREENS, NewPage, is_whole
 from tests.teacher_service.api.conftest import Api, api, capture
 from tests.teacher_service.conftest import teacher_world
 
@@ -25,7 +24,7 @@ def hanging(capture: Capture, cache: str = "main") -> dict[str, Any]:
     return capture(cache, engine={"type": "fake", "hang_on": ["s007"]}, executor={"type": "inline", "grace_s": 0.1})
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(320, "dark"), (1100, "light")])
+@SCREENS
 def test_a_job_is_followed_without_reloading_and_ended_by_a_button(
     api: Api, new_page: NewPage, capture: Capture, width: int, scheme: str
 ) -> None:
@@ -40,7 +39,7 @@ def test_a_job_is_followed_without_reloading_and_ended_by_a_button(
     is_whole(page)
     page.get_by_role("link", name="nightly").click()
     expect(page.locator("#live .state")).to_have_text("running", timeout=PATIENCE_MS)
-    expect(page.locator(".bar .done")).not_to_have_attribute("width", "0", timeout=PATIENCE_MS)
+    expect(page.locator(".progress .done")).not_to_have_attribute("width", "0", timeout=PATIENCE_MS)
     is_whole(page)
     page.reload()
     page.get_by_role("button", name="Pause").click()

@@ -1,13 +1,14 @@
 """The student's pages in real Chromium: runs that go on, that are empty, that hold what is no number, or very much."""
 
 import json
+import re
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import pytest
 from playwright.sync_api import expect
-from tests.browser.test_teacher_pages import HOSTILE, NewPage, is_whole
+from tests.browser.pages import HOSTILE, SCREENS, NewPage, is_whole
 from tests.student_trainer.api.conftest import StudentApi, student_api, training
 from tests.student_trainer.conftest import (
     capture_pairs,
@@ -43,7 +44,15 @@ def made_up(runs: Path, name: str, lines: list[dict[str, Any]], stage: str = "d2
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(320, "dark"), (1100, "light")])
+def test_pages_and_charts_style_no_class_of_the_other_s() -> None:
+    """Both sheets are on a run's page: a rule for one's bar would stretch the other's."""
+    sheets = (files("logitlake_shared.web") / "static/style.css", files("logitlake_student") / "charts.css")
+    page, chart = (set(re.findall(r"\.([a-z][\w-]*)(?=[^{}]*\{)", sheet.read_text())) for sheet in sheets)
+    assert page, chart
+    assert not page & chart
+
+
+@SCREENS
 def test_a_run_is_followed_from_its_submission_to_its_experts(
     student_api: StudentApi,
     new_page: NewPage,

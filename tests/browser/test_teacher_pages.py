@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
+from tests.browser.pages import HOSTILE, SCREENS, NewPage, is_whole
 from tests.served import served
 from tests.shared.conftest import made_scores, small_lake
 
@@ -26,7 +26,6 @@ from logitlake_teacher.config.serve import ServeConfig
 
 __all__ = ["small_lake"]
 
-NewPage = Callable[..., Page]
 PATHS = {
     "overview": "/",
     "cache": "/caches/main",
@@ -40,20 +39,6 @@ PATHS = {
     "student": "/caches/main/samples/sample-0010?student=demo%2Fd2s",
     "health": "/health",
 }
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    '"><svg onload=alert(1)>',
-    "'-alert(1)-'",
-    "javascript:alert(1)",
-    "{{ 7*7 }}{% raw %}",
-    "</textarea><script>alert(1)</script>",
-    "&lt;b&gt;&amp;",
-    "a\u202ebc",
-    "%00%2f..",
-    "x" * 3000,
-    "😀‮‭",
-)
 
 
 @pytest.fixture
@@ -69,14 +54,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
         yield start
 
 
-def is_whole(page: Page) -> None:
-    """Nothing sticks out at the side, and axe finds nothing."""
-    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]  # type: ignore[index]
-    violations = Axe().run(page).response["violations"]
-    assert not violations, [(one["id"], one["nodes"][0]["html"]) for one in violations]
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(320, "dark"), (1100, "light")])
+@SCREENS
 def test_every_page_is_whole_and_accessible(
     new_page: NewPage, serve: Callable[..., str], small_lake: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
@@ -119,7 +97,7 @@ def test_a_visitor_puts_a_student_beside_the_teacher(
     expect(students.locator("[aria-current]")).to_have_text("demo/d2s")
     expect(page.locator(".said")).to_have_count(2)
     expect(page.get_by_role("columnheader", name="the student's")).to_be_visible()
-    expect(page.locator("td.choices code")).not_to_have_count(0)
+    expect(page.locator("td.wide code")).not_to_have_count(0)
     students.get_by_role("link", name="nobody").click()
     expect(page.locator(".said")).to_have_count(1)
 
@@ -151,6 +129,10 @@ def test_the_keyboard_alone_asks_a_question(new_page: NewPage, serve: Callable[.
     page.keyboard.press("Enter")
     expect(page.get_by_role("status")).to_contain_text("1 row in")
     expect(page.get_by_role("cell")).to_have_text("42")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="csv").press("Enter")
+    assert download.value.suggested_filename == "answer.csv"
+    assert download.value.path().read_text().splitlines() == ["answer", "42"]
     page.go_back()
     page.get_by_role("link", name="What could not be captured?").click()
     expect(page.get_by_role("status")).to_contain_text("0 rows in")

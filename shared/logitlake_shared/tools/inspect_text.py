@@ -10,6 +10,7 @@ from rich.text import Text
 
 from logitlake_shared.cli_output import compact_table
 from logitlake_shared.tools.inspect_sample import Alternative, Response, SampleView, TokenView
+from logitlake_shared.tools.token_text import token_name, visible
 
 __all__ = ["print_sample"]
 
@@ -83,7 +84,7 @@ def _message(message: dict[str, Any]) -> Text:
     content = message.get("content", "")
     if not isinstance(content, str):
         content = "".join(part.get("text", f"<{part.get('type', 'part')}>") for part in content)
-    return Text(f"{message.get('role', '?')}: ", "bold").append(_visible(str(content), newlines=True), "not bold")
+    return Text(f"{message.get('role', '?')}: ", "bold").append(visible(str(content), newlines=True), "not bold")
 
 
 def _response(response: Response) -> Iterator[RenderableType]:
@@ -104,7 +105,7 @@ def _flow(tokens: Sequence[TokenView], logprobs: Sequence[float]) -> Text:
     """The text of a response, each token coloured by its surprise."""
     flow = Text()
     for token, logprob in zip(tokens, logprobs, strict=True):
-        flow.append(_visible(token.text or "", newlines=True), _colour(logprob))
+        flow.append(visible(token.text or "", newlines=True), _colour(logprob))
     return flow
 
 
@@ -127,7 +128,7 @@ def _token_table(tokens: Sequence[TokenView]) -> Table:
         grid.add_column("the student's", overflow="fold")
     for token in tokens:
         colour = _colour(token.logprob)
-        cells = [Text(str(token.position), "dim"), _name(token.token_id, token.text, colour)]
+        cells = [Text(str(token.position), "dim"), Text(token_name(token.token_id, token.text), colour)]
         cells.append(Text(_signed(token.logprob), colour))
         if looked_away:
             seen = token.logprob_no_image
@@ -155,14 +156,9 @@ def _choices(token: TokenView, logprob: float, alternatives: Sequence[Alternativ
         if place and not is_label and choice.probability < _SHOWN_PROBABILITY:
             continue
         text.append("  " if place else "")
-        text.append_text(_name(choice.token_id, choice.text, _colour(logprob) if is_label else ""))
+        text.append(token_name(choice.token_id, choice.text), _colour(logprob) if is_label else "")
         text.append(f" {choice.probability:.3f}", "dim")
     return text
-
-
-def _name(token_id: int, text: str | None, style: str) -> Text:
-    """The token's text with its blanks made visible; the id where there is no text."""
-    return Text(f"#{token_id}" if text is None else _visible(text).replace(" ", "␣") or '""', style)
 
 
 def _signed(logprob: float) -> str:
@@ -172,11 +168,3 @@ def _signed(logprob: float) -> str:
 
 def _colour(logprob: float) -> str:
     return next(colour for bound, colour in _COLOURS if -logprob <= bound)
-
-
-def _visible(text: str, newlines: bool = False) -> str:
-    """Control characters written out: what a model answered must not move the cursor."""
-    return "".join(
-        sign if sign.isprintable() or (newlines and sign == "\n") else sign.encode("unicode_escape").decode()
-        for sign in text
-    )

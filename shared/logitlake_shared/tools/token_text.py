@@ -12,7 +12,7 @@ from typing import Any
 from logitlake_schemas import CaptureSpec, fingerprint
 from logitlake_shared.errors import ConfigError, FingerprintMismatchError
 
-__all__ = ["TokenText", "find_token_text"]
+__all__ = ["TokenText", "find_token_text", "token_name", "visible"]
 
 _FILE = "tokenizer.json"
 _INSTALL = 'the package `tokenizers` is not installed: pip install "logitlake[inspect]"'
@@ -54,7 +54,23 @@ def find_token_text(spec: CaptureSpec, given: Path | None) -> tuple[TokenText | 
                 return None, f"ids only: {error}"
             if _token_map(text) == spec.tokenizer.token_map_sha256:
                 return text, f"decoded with {text.source}"
-    return None, f"ids only: name the folder of the teacher {name!r} with --tokenizer DIR to see text"
+    return None, (
+        f"ids only: name the folder of the teacher {name!r} with --tokenizer DIR (or as `tokenizer` of a service) "
+        "to see text"
+    )
+
+
+def token_name(token_id: int, text: str | None) -> str:
+    """What a token is called in a table: its text on one line, blanks made visible; the id where there is no text."""
+    return f"#{token_id}" if text is None else visible(text).replace(" ", "␣") or '""'
+
+
+def visible(text: str, newlines: bool = False) -> str:
+    """Control characters written out: what a model answered moves no cursor and turns no line around."""
+    return "".join(
+        sign if sign.isprintable() or (newlines and sign == "\n") else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
 
 
 def _load(folder: Path) -> TokenText:

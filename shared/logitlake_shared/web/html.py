@@ -28,7 +28,7 @@ def environment(package: str | None = None) -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.ChoiceLoader(loaders), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    made.filters |= {"number": _number, "size": _size, "span": _span, "utc": _utc, "when": _when}
+    made.filters |= {"nats": _nats, "number": _number, "size": _size, "span": _span, "utc": _utc, "when": _when}
     return made
 
 
@@ -74,6 +74,11 @@ def _number(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{one} {name}" for name, one in value.items()) or "none"
     return str(value)
+
+
+def _nats(value: float) -> str:
+    """A logprob or a divergence, in a column of them: zero has no sign."""
+    return f"{value:z.4f}"
 
 
 def _size(num_bytes: int | None) -> str:

@@ -4,15 +4,16 @@ What is coloured in a sample is the teacher's surprise at each token of the resp
 row, which says what the teacher would have said instead. A student that was scored on the cache stands beside it.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import quote, urlencode
 
 from fastapi import APIRouter, Query, Request
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, StreamingResponse
 
 from logitlake_shared.errors import LogitLakeError
 from logitlake_shared.lake import Cache
 from logitlake_shared.sql_service import SqlRequest
+from logitlake_shared.tools.token_text import token_name
 from logitlake_shared.web.app import service_of
 from logitlake_shared.web.doors import Asking, Principal
 from logitlake_shared.web.html import render
@@ -20,9 +21,9 @@ from logitlake_shared.web.problems import Problem, problem_of, scrubbed
 from logitlake_teacher.api.caches import CacheOf, cache_document, lake_of
 from logitlake_teacher.api.documents import ViewDocument
 from logitlake_teacher.api.samples import Of, SampleId, StudentName, image_url, samples_after, viewed
-from logitlake_teacher.api.sql import caches_asked, questions_of, schema
+from logitlake_teacher.api.sql import Question, caches_asked, questions_of, schema, streamed_answer
 
-__all__ = ["page_routes"]
+__all__ = ["FileFormat", "page_routes"]
 
 _PACKAGE = "logitlake_teacher.api"
 _SAMPLES = 50
@@ -31,6 +32,9 @@ _ROWS = 200
 _CELL = 300
 # Nats from which a token is coloured one step stronger.
 _SURPRISES = (0.1, 0.5, 1.0, 2.0, 4.0)
+
+FileFormat = Literal["csv", "parquet", "arrow"]
+Sql = Annotated[str, Query(max_length=65536)]
 
 _EXAMPLES = {
     "Where does the teacher disagree with the data?": (
@@ -52,12 +56,13 @@ _EXAMPLES = {
 
 
 def page_routes() -> APIRouter:
-    """`/`, `/caches/…`, `/sql`."""
+    """`/`, `/caches/…`, `/sql`, `/sql/answer`."""
     router = APIRouter(include_in_schema=False)
     router.add_api_route("/", _overview, response_class=HTMLResponse)
     router.add_api_route("/caches/{cache}", _cache, response_class=HTMLResponse)
     router.add_api_route("/caches/{cache}/samples/{sample_id:path}", _sample, response_class=HTMLResponse)
     router.add_api_route("/sql", _sql, response_class=HTMLResponse)
+    router.add_api_route("/sql/answer", _whole_answer, response_class=StreamingResponse)
     return router
 
 
@@ -123,12 +128,13 @@ def _sample(request: Request, cache: CacheOf, sample_id: SampleId, student: Stud
         images=[(image, image_url(cache, image.sha256, sample_id)) for image in view.images],
         students=[(name, f"{here}?{urlencode({'student': name})}") for name in students],
         alone_url=here,
+        name_of=token_name,
         step=_step,
         steps=["below 0.1", "0.1", "0.5", "1", "2", "4 and more"],
     )
 
 
-def _sql(request: Request, asking: Asking, sql: Annotated[str, Query(max_length=65536)] = "") -> HTMLResponse:
+def _sql(request: Request, asking: Asking, sql: Sql = "") -> HTMLResponse:
     asking.require("read")
     views: list[ViewDocument] = []
     answer: dict[str, Any] = {}
@@ -139,7 +145,27 @@ def _sql(request: Request, asking: Asking, sql: Annotated[str, Query(max_length=
             answer = _answer(request, asking, sql)
     except (LogitLakeError, Problem) as error:
         problem = scrubbed(problem_of(error).detail)
-    return _page(request, "sql", sql=sql, views=views, answer=answer, problem=problem, examples=_EXAMPLES.items())
+    files = [(name, f"/sql/answer?{urlencode({'sql': sql, 'format': name})}") for name in get_args(FileFormat)]
+    return _page(
+        request,
+        "sql",
+        sql=sql,
+        views=views,
+        answer=answer,
+        problem=problem,
+        files=files,
+        examples=_EXAMPLES.items(),
+    )
+
+
+def _whole_answer(
+    request: Request, asking: Asking, sql: Sql, name: Annotated[FileFormat, Query(alias="format")]
+) -> StreamingResponse:
+    """As a file, not cut to what a page shows."""
+    asking.require("read")
+    answer = streamed_answer(request, asking, Question(sql=sql, csv_safe=True), name)
+    answer.headers["Content-Disposition"] = f'attachment; filename="answer.{name}"'
+    return answer
 
 
 def _answer(request: Request, asking: Principal, sql: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ __all__ = [
     "request_of",
     "schema",
     "sql_routes",
+    "streamed_answer",
 ]
 
 _log = logging.getLogger("logitlake.sql")
@@ -179,7 +180,11 @@ def _ask(
 ) -> StreamingResponse:
     """Answer one question. `X-Query-Id` names it: `DELETE /v1/queries/{id}` ends it, and so does hanging up."""
     asking.require("read")
-    name = format_of(accept)
+    return streamed_answer(request, asking, question, format_of(accept))
+
+
+def streamed_answer(request: Request, asking: Principal, question: Question, name: str) -> StreamingResponse:
+    """The answer in the format `name` (of `FORMATS`), while it is made. Raises as `SqlQuestions.begin` does."""
     asked = request_of(request, asking, question)
     questions = questions_of(request)
     result = questions.begin(asking, asked)

@@ -25,7 +25,7 @@ Teacher = Callable[..., tuple[Any, str]]
 OPEN = {"/livez", "/readyz", *OPEN_PATHS}
 # What tells of no cache in particular.
 OF_NO_CACHE = {"/openapi.json", "/metrics", "/v1/caches", "/v1/sql", "/v1/queries/{query_id}", "/v1/schema"}
-OF_NO_CACHE |= {"/v1/queries", "/v1/queries/{query_id}/result", "/", "/sql", "/health", "/logout"}
+OF_NO_CACHE |= {"/v1/queries", "/v1/queries/{query_id}/result", "/", "/sql", "/sql/answer", "/health", "/logout"}
 OF_NO_CACHE |= {"/v1/tokens", "/v1/tokens/{token_id}"}
 
 

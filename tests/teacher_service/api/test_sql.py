@@ -5,8 +5,9 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import polars
@@ -18,8 +19,10 @@ from tests.served import served
 
 from logitlake_shared.catalog import open_catalog
 from logitlake_shared.catalog.column_docs import COLUMN_DOCS
+from logitlake_shared.sql_service.formats import FORMATS
 from logitlake_shared.web.tokens import TokenStore
 from logitlake_teacher.api.app import teacher_app
+from logitlake_teacher.api.pages import FileFormat
 from logitlake_teacher.config.serve import ServeConfig
 
 __all__ = ["collector"]
@@ -197,6 +200,21 @@ def test_a_page_whose_answer_breaks_off_leaves_no_question(teacher: Teacher) -> 
     assert page.status_code == 200
     assert "Could not convert string" in page.text
     assert app.state.questions.asked_by == {}
+
+
+def test_a_page_has_the_whole_answer_as_a_file(client: httpx.Client) -> None:
+    """All rows, though it shows 200; safe in a spreadsheet; what cannot be answered is a problem, and no file."""
+    sql = "SELECT range AS n, '=1+1' AS text FROM range(300)"
+    for name in get_args(FileFormat):
+        assert escape(f"&format={name}") in client.get("/sql", params={"sql": sql}).text
+        answer = client.get("/sql/answer", params={"sql": sql, "format": name})
+        assert answer.headers["content-disposition"] == f'attachment; filename="answer.{name}"'
+        assert answer.headers["content-type"].startswith(FORMATS[name].media_type)
+    assert client.get("/sql/answer", params={"sql": sql, "format": "csv"}).text.splitlines()[-1] == "299,'=1+1"
+    refused = client.get("/sql/answer", params={"sql": "DROP TABLE x", "format": "csv"})
+    assert (refused.status_code, refused.json()["code"]) == (422, "query_refused")
+    assert "content-disposition" not in refused.headers
+    assert client.get("/sql/answer", params={"sql": sql, "format": "exe"}).status_code == 422
 
 
 def test_how_questions_end_is_counted(client: httpx.Client) -> None:
