@@ -32,6 +32,13 @@ QUESTIONS = (
 )
 
 
+AND_NOW = f"""
+And now
+$ logitlake-student score {DEFAULT_OUT}/student {DEFAULT_OUT}/lake --cache main --split test  # where it still differs
+$ logitlake-teacher serve teacher_service/logitlake_teacher/configs/serve.toml  # the lake at http://127.0.0.1:8321
+$ logitlake-student serve student_trainer/logitlake_student/configs/serve.toml  # the run at http://127.0.0.1:8322"""
+
+
 @dataclass(frozen=True)
 class Step:
     """One command of the walk-through."""
@@ -153,6 +160,8 @@ def main(engine: str, out: Path | None, seed: int) -> None:
     if out is None:
         out = DEFAULT_OUT if engine == "hf" else Path(f"{DEFAULT_OUT}-{engine}")
     run_steps(steps(out, engine=engine, seed=seed), out)
+    if out == DEFAULT_OUT:
+        click.echo(AND_NOW)
 
 
 if __name__ == "__main__":
