@@ -46,6 +46,8 @@ Check = Callable[[], str | None]
 """None if it is fine, else what is wrong"""
 
 _PROBES = ("/livez", "/readyz")
+# Machines ask for these every few seconds: as spans they would bury those of people's requests.
+_UNTRACED = (*_PROBES, "/metrics")
 
 
 class Service:
@@ -105,6 +107,7 @@ def make_app(
         metrics=HttpMetrics(service.registry),
         is_open=(*_PROBES, *OPEN_PATHS),
         traces=service.traces,
+        is_untraced=_UNTRACED,
     )
 
     @asynccontextmanager

@@ -59,7 +59,10 @@ class HttpMetrics:
 
 
 class Frame:
-    """The outermost middleware. `is_open` are paths that everybody may ask for: probes, and the way to log in."""
+    """The outermost middleware. `is_open` are paths that everybody may ask for: probes, and the way to log in.
+
+    `is_untraced` are paths whose requests are no spans.
+    """
 
     def __init__(
         self,
@@ -70,9 +73,11 @@ class Frame:
         metrics: HttpMetrics,
         is_open: Collection[str],
         traces: Traces | None,
+        is_untraced: Collection[str],
     ) -> None:
         self._app, self._door, self._limits = app, door, limits
-        self._metrics, self._is_open, self._traces = metrics, is_open, traces
+        self._metrics, self._is_open = metrics, is_open
+        self._traces, self._is_untraced = traces, is_untraced
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -83,8 +88,9 @@ class Frame:
         request_id = given if _REQUEST_ID.fullmatch(given) else new_id("req")
         scope.setdefault("state", {})["request_id"] = request_id
         token = REQUEST_ID.set(request_id)
+        traces = None if scope["path"] in self._is_untraced else self._traces
         try:
-            with request_span(self._traces, scope, request_id, _method(scope)) as span:
+            with request_span(traces, scope, request_id, _method(scope)) as span:
                 await self._traced(scope, receive, send, request_id, span)
         finally:
             REQUEST_ID.reset(token)

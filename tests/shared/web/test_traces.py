@@ -71,6 +71,18 @@ def test_a_trace_of_the_clients_is_gone_on_with(collector: Collector, service: S
     assert unsampled.headers["traceparent"].endswith("-00")
 
 
+def test_what_machines_ask_for_all_the_time_is_no_span(collector: Collector, service: Service) -> None:
+    """Probes and figures, whoever sends a trace along; what comes after them is one."""
+    app, url = service(traces=True)
+    for path in ("/livez", "/readyz", "/metrics"):
+        answer = httpx.get(f"{url}{path}", headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
+        assert answer.status_code == 200
+        assert "traceparent" not in answer.headers
+    httpx.get(f"{url}/health")
+    app.state.service.traces.close()
+    assert [one.name for one in collector.spans] == ["GET /health"]
+
+
 def test_the_id_is_in_logs_and_problems(collector: Collector, service: Service, logged: Any) -> None:
     _, url = service(traces=True)
     problem = httpx.get(f"{url}/bug", headers={"traceparent": f"00-{TRACE}-{PARENT}-01"}).json()
@@ -131,9 +143,9 @@ def test_what_is_left_is_sent_at_the_end(collector: Collector, monkeypatch: pyte
         ended.append(len(collector.spans))
 
     with served(make_app("test", ServiceSettings(traces=True), lifespan=life)) as url:
-        httpx.get(f"{url}/livez")
+        httpx.get(f"{url}/health")
     assert ended == [0]
-    assert [one.name for one in collector.spans] == ["GET /livez"]
+    assert [one.name for one in collector.spans] == ["GET /health"]
 
 
 def test_a_collector_that_refuses_costs_no_answer(collector: Collector, service: Service, logged: Any) -> None:
@@ -152,7 +164,7 @@ def test_names_that_the_environment_gives_are_kept(
     monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=lab")
     _, url = service(traces=True)
-    httpx.get(f"{url}/livez")
+    httpx.get(f"{url}/health")
     collector.wait(1)
     assert collector.resources[0]["service.name"] == "mine"
     assert collector.resources[0]["deployment.environment.name"] == "lab"
