@@ -17,6 +17,7 @@
     │       ├── QueryCancelledError       somebody cancelled it
     │       ├── QueryBusyError            too many questions wait already
     │       └── QueryCrashedError         the process that was to answer it ended
+    ├── ScoresError (RuntimeError)        a file of a student's scores
     ├── EngineError (RuntimeError)        a teacher engine
     ├── JobError (RuntimeError)           a job, or the cluster that is to run it
     │   ├── JobStateError                 a job in another state than this needs
@@ -56,6 +57,7 @@ __all__ = [
     "QueryRefusedError",
     "QueryTimeoutError",
     "QueryTooLargeError",
+    "ScoresError",
     "ServiceError",
     "TrainingError",
 ]
@@ -133,6 +135,10 @@ class QueryBusyError(QueryError):
 
 class QueryCrashedError(QueryError):
     """A question whose process ended without an answer: it crashed, or somebody killed it."""
+
+
+class ScoresError(LogitLakeError, RuntimeError):
+    """A file that is no scores of a student, or whose bytes are not those that were written."""
 
 
 class EngineError(LogitLakeError, RuntimeError):

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from logitlake_schemas import SCORE_COLUMNS, ScoresRecord, arrow_schema
 from logitlake_shared.arrow_lists import column_views, list_array
 from logitlake_shared.durable import make_folder, sync
-from logitlake_shared.errors import ConfigError, DataError, LakeCorruptError, LakeError
+from logitlake_shared.errors import ConfigError, DataError, LakeFormatError, ScoresError
 from logitlake_shared.file_locks import is_named, try_lock
 from logitlake_shared.lake import Cache
 from logitlake_shared.shards import FOOTER_PREFIX, check_format_version
@@ -129,13 +129,13 @@ def write_scores(path: Path, record: ScoresRecord) -> Iterator[ScoresWriter]:
 
 
 def read_record(path: Path) -> ScoresRecord:
-    """Whose scores the file holds. Raises `LakeCorruptError`, `LakeFormatError`, `FileNotFoundError`."""
+    """Whose scores the file holds. Raises `ScoresError`, `LakeFormatError`, `FileNotFoundError`."""
     stat = path.stat()
     return _record_as_of(path, stat.st_size, stat.st_mtime_ns)
 
 
 class Scores:
-    """The scores in one file. Raises `LakeCorruptError` and `LakeFormatError`."""
+    """The scores in one file. Raises `ScoresError` and `LakeFormatError`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.record = path, read_record(path)
@@ -162,7 +162,7 @@ class Scores:
 def scores_of(path: Path, cache: Cache, sample_id: str) -> tuple[str, ScoredSample]:
     """The student of a file and its scores of a sample of `cache`. Raises `DataError` where it holds none.
 
-    Raises `LakeCorruptError`, and `DataError` for a file that is not there.
+    Raises `ScoresError`, and `DataError` for a file that is not there.
     """
     try:
         scores = Scores(path)
@@ -192,7 +192,7 @@ class LinkedStudents:
             run, stage = path.parts[-4:-2]
             try:
                 scores = Scores(path)
-            except (LakeError, OSError) as error:
+            except (LakeFormatError, ScoresError, OSError) as error:
                 _log.warning("left out: %s", error)
                 continue
             if scores.record.spec_fingerprint == cache.fingerprint:
@@ -208,7 +208,7 @@ class LinkedStudents:
         return [name for name in self.names if any(one.record.split in (None, split) for one in self._scores[name])]
 
     def find(self, name: str, sample_id: str) -> ScoredSample:
-        """A student's scores of a sample. Raises `DataError` where there are none, `LakeCorruptError`."""
+        """A student's scores of a sample. Raises `DataError` where there are none, `ScoresError`."""
         if name not in self._scores:
             raise DataError(
                 f"no student {name!r} was scored on this cache; there are {', '.join(self.names) or 'none'}"
@@ -235,12 +235,12 @@ def _record_as_of(path: Path, size: int, mtime_ns: int) -> ScoresRecord:
     with _opened(path) as file:
         metadata = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
         if file.schema_arrow.names != _SCHEMA.names or _RECORD not in metadata:
-            raise LakeCorruptError(f"{path}: not a file of scores; `logitlake-student score` writes them")
+            raise ScoresError(f"{path}: not a file of scores; `logitlake-student score` writes them")
     try:
         check_format_version(str(json.loads(metadata[_RECORD])["format_version"]), str(path))
         return ScoresRecord.model_validate_json(metadata[_RECORD])
     except (ValueError, KeyError, TypeError) as error:
-        raise LakeCorruptError(
+        raise ScoresError(
             f"{path}: its footer does not say whose scores these are; remove it, and score again"
         ) from error
 
@@ -288,11 +288,11 @@ def _samples(table: pa.Table) -> Iterator[ScoredSample]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """Raises `LakeCorruptError` for whatever cannot be read inside."""
+    """Raises `ScoresError` for whatever cannot be read inside."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise LakeCorruptError(f"{path}: cannot be read as scores: {error}; remove it, and score again") from error
+        raise ScoresError(f"{path}: cannot be read as scores: {error}; remove it, and score again") from error

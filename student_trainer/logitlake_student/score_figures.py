@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from logitlake_schemas import ScoresRecord
-from logitlake_shared.errors import ConfigError, LakeCorruptError
+from logitlake_shared.errors import ConfigError, ScoresError
 from logitlake_shared.student_scores import ScoredSample, read_record
 
 __all__ = ["Summary", "TaskFigures", "is_scored", "summarised"]
@@ -29,7 +29,7 @@ def is_scored(out: Path, record: ScoresRecord) -> bool:
         return read_record(out) == record
     except FileNotFoundError:
         return False
-    except LakeCorruptError:
+    except ScoresError:
         raise ConfigError(f"{out}: is there, and no file of scores; choose another --out, or remove it") from None
     except OSError as error:
         raise ConfigError(f"{out}: cannot be looked at: {error.strerror}; choose another --out") from None

@@ -17,7 +17,7 @@ from tests.shared.conftest import made_scores
 
 from logitlake_schemas import SCORE_COLUMNS, ScoresRecord, arrow_schema
 from logitlake_shared.cli import cli
-from logitlake_shared.errors import ConfigError, DataError, LakeError, LogitLakeError
+from logitlake_shared.errors import ConfigError, DataError, LogitLakeError
 from logitlake_shared.lake import Lake
 from logitlake_shared.reader import PairDataset
 from logitlake_shared.student_scores import (
@@ -122,7 +122,7 @@ def test_no_flipped_bit_is_believed(small_lake: Path, path: Path) -> None:
         path.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
         try:
             read = list(Scores(path))
-        except LakeError:
+        except LogitLakeError:
             num_errors += 1
         else:
             assert len(read) == len(written)

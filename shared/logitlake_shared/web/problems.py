@@ -33,6 +33,7 @@ from logitlake_shared.errors import (
     QueryRefusedError,
     QueryTimeoutError,
     QueryTooLargeError,
+    ScoresError,
 )
 from logitlake_shared.web.tokens import without_tokens
 
@@ -84,6 +85,9 @@ CODES = {
         Code("internal", 500, "Our fault", "report `request_id`; the log has more under it"),
         Code("lake_corrupt", 500, "Committed bytes are damaged", "run `logitlake verify --repair` on the lake"),
         Code("lake_unusable", 500, "The lake cannot be read", "look at the lake's storage; `detail` says what failed"),
+        Code(
+            "scores_corrupt", 500, "A student's scores are damaged", "remove their file, run `logitlake-student score`"
+        ),
         Code("query_crashed", 502, "The question's process ended", "ask again, or ask for less", retryable=True),
         Code("upstream_failed", 502, "The cluster or engine failed", "look at its own log", retryable=True),
         Code("shutting_down", 503, "The service is ending", "try again soon", retryable=True),
@@ -105,6 +109,7 @@ _OF_ERROR: tuple[tuple[type[LogitLakeError], str], ...] = (
     (LakeCorruptError, "lake_corrupt"),
     (LakeFormatError, "lake_unusable"),
     (LakeError, "lake_unusable"),
+    (ScoresError, "scores_corrupt"),
     (ConfigError, "config_invalid"),
     (DataError, "data_invalid"),
     (JobStateError, "conflict"),

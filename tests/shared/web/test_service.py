@@ -51,6 +51,7 @@ def logged() -> Iterator[io.StringIO]:
         ("LakeCorruptError", "lake_corrupt"),
         ("LakeFormatError", "lake_unusable"),
         ("LakeError", "lake_unusable"),
+        ("ScoresError", "scores_corrupt"),
         ("ConfigError", "config_invalid"),
         ("DataError", "data_invalid"),
         ("ImageError", "data_invalid"),

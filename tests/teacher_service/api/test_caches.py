@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow.parquet as pq
 import pytest
 from fastapi.routing import APIRoute
 from starlette.routing import Route
@@ -141,6 +142,21 @@ def test_a_student_stands_beside_the_teacher(client: httpx.Client, small_lake: P
         assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
         assert says in answer.json()["detail"]
         assert str(tmp_path) not in answer.text
+
+
+def test_damaged_scores_are_not_the_lakes_trouble(client: httpx.Client, small_lake: Path, tmp_path: Path) -> None:
+    """A flipped bit in a page: the footer still offers the student, and the sample itself is shown as ever."""
+    path = scores_path(tmp_path / "runs/demo/d2s", "main", None)
+    (scored,) = made_scores(small_lake, path, num_samples=1)
+    data = bytearray(path.read_bytes())
+    data[pq.read_metadata(path).row_group(0).column(0).data_page_offset + 40] ^= 16
+    path.write_bytes(data)
+    url = f"/v1/caches/main/samples/{scored.sample_id}"
+    assert client.get(url).json()["students"] == ["demo/d2s"]
+    answer = client.get(url, params={"student": "demo/d2s"})
+    assert (answer.status_code, answer.json()["code"]) == (500, "scores_corrupt")
+    assert "logitlake-student score" in answer.json()["hint"]
+    assert answer.json()["detail"].startswith("…/main.parquet: cannot be read as scores")
 
 
 @pytest.mark.parametrize(
