@@ -32,7 +32,9 @@ from logitlake_schemas.columns import (
 )
 from logitlake_schemas.fingerprint import canonical_json, fingerprint, sha256_hex
 from logitlake_schemas.records import (
+    ERROR_CODES,
     FORMAT_VERSION,
+    SET_ASIDE_CODES,
     CacheKind,
     CaptureMode,
     CaptureSpec,
@@ -58,11 +60,13 @@ from logitlake_schemas.records import (
 
 __all__ = [
     "COLUMNS",
+    "ERROR_CODES",
     "FORMAT_VERSION",
     "IMAGE_COLUMNS",
     "PAIR_COLUMNS",
     "SAMPLE_COLUMNS",
     "SCORE_COLUMNS",
+    "SET_ASIDE_CODES",
     "TAIL_COLUMNS",
     "CacheKind",
     "CaptureMode",

@@ -24,7 +24,9 @@ from logitlake_schemas.fingerprint import canonical_json, fingerprint
 
 __all__ = [
     "ADDED_LATER",
+    "ERROR_CODES",
     "FORMAT_VERSION",
+    "SET_ASIDE_CODES",
     "CacheKind",
     "CaptureMode",
     "CaptureSpec",
@@ -55,6 +57,30 @@ FORMAT_VERSION = 1
 CacheKind = Literal["samples", "pairs"]
 ShardKind = Literal["samples", "pairs", "images"]
 Temperature = Literal[2, 4]
+
+SET_ASIDE_CODES = ("teacher_crashed", "teacher_timeout")
+"""codes of samples that ended, or held up, every process that tried them"""
+ERROR_CODES = (
+    "record_invalid",
+    "image_missing",
+    "image_format",
+    "image_decode",
+    "image_too_large",
+    "image_animated",
+    "image_timeout",
+    "image_url_refused",
+    "image_fetch_failed",
+    "image_fetch_timeout",
+    "image_shape",
+    "image_placeholders",
+    "too_many_images",
+    "prompt_too_long",
+    "teacher_nonfinite",
+    "teacher_invalid",
+    "teacher_refused",
+    *SET_ASIDE_CODES,
+)
+"""codes of the samples and pairs that could not be captured"""
 
 
 class Record(BaseModel):
@@ -274,7 +300,7 @@ class UnitError(Record):
 
     sample_id: str
     code: str
-    """stable, for machines: `image_decode`, `prompt_too_long`, …; `pair_…` says why a prompt gave no pair"""
+    """stable, for machines: one of `ERROR_CODES`, or `pair_…`, which says why a prompt gave no pair"""
     message: str
     """for people"""
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from logitlake_shared.jobs.measured import Meter
+from logitlake_shared.jobs.measured import Meter, labelled
 
 __all__ = ["StepMeter"]
 
@@ -34,4 +34,5 @@ class StepMeter(Meter):
 
     def routed(self, load_LE: Sequence[Sequence[float]]) -> None:
         """Where tokens went: of each sparse layer the share of each expert."""
-        self.renew("expert_load_max_ratio", max(len(load_E) * max(load_E) for load_E in load_LE))
+        for layer, load_E in enumerate(load_LE):
+            self.renew(labelled("expert_load_max_ratio", layer), len(load_E) * max(load_E))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
@@ -111,8 +110,8 @@ def _run(config: CaptureConfig | PairsConfig, plan_digest: str | None) -> None:
     what = f"{config.lake.uri}: cache {config.lake.cache!r}"
     noun = prepared.kind
     num_units = len(prepared.plan.unit_ids)
-    counts = Counter(service.committed_counts(config, prepared, cache)) if is_heard() else Counter()
-    say(phase="running", counts=counts)
+    counts = service.committed_counts(config, prepared, cache) if is_heard() else service.CommittedCounts()
+    say(phase="running", counts=counts.told())
     if not len(units):
         summary = service.summarise(cache)
         _say_result(summary)
@@ -136,19 +135,19 @@ def _run(config: CaptureConfig | PairsConfig, plan_digest: str | None) -> None:
             tokens += num_tokens
             errors += sum(error.is_failure for error in record.errors)
             rate = tokens / max(time.monotonic() - started, 1e-9)
-            counts.update(service.counts_of(record, units))
+            counts.add(record, units)
             if done.commit_s is not None:
                 meter.add("teacher_tokens", num_tokens)
                 meter.add("shard_bytes", sum(entry.bytes for entry in record.shards))
                 meter.time("shard_commit_seconds", done.commit_s)
             figures = {"tokens": tokens, "tokens_per_s": round(rate, 1)}
-            say_sometimes(counts=counts, figures=figures, measured=meter.told())
+            say_sometimes(counts=counts.told(), figures=figures, measured=meter.told())
             advance(units.items_of(record.unit), tokens_per_s=f"{rate:.0f}", errors=errors)
 
         try:
             seconds = service.run_units(config, prepared, units, on_commit)
         except RunStopped as stopped:
-            say(counts=counts)
+            say(counts=counts.told())
             kept = service.summarise(cache).figures
             click.echo(
                 f"{what}: stopped by {stopped}; {kept.units} of {num_units} units are committed and in snapshot "
@@ -156,7 +155,7 @@ def _run(config: CaptureConfig | PairsConfig, plan_digest: str | None) -> None:
                 err=True,
             )
             sys.exit(stopped.exit_code)
-    say(phase="finalizing", counts=counts)
+    say(phase="finalizing", counts=counts.told())
     summary = service.summarise(cache)
     _say_result(summary)
     _show(what, noun, summary, seconds)

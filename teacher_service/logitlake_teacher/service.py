@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from logitlake_schemas import (
+    SET_ASIDE_CODES,
     CacheKind,
     CaptureSpec,
     Codec,
@@ -36,12 +38,12 @@ from logitlake_teacher.unit_work import temperatures_of
 from logitlake_teacher.worker import CaptureJob, UnitWorker
 
 __all__ = [
+    "CommittedCounts",
     "Prepared",
     "Summary",
     "check_digest",
     "check_error_rate",
     "committed_counts",
-    "counts_of",
     "open_cache",
     "prepare",
     "remaining_units",
@@ -49,8 +51,6 @@ __all__ = [
     "summarise",
 ]
 
-# Errors of items that ended, or held up, every process that tried them.
-_SET_ASIDE = ("teacher_crashed", "teacher_timeout")
 # Digits by which a person may name a plan.
 _DIGEST_DIGITS = 12
 
@@ -160,22 +160,35 @@ def remaining_units(config: CaptureConfig | PairsConfig, prepared: Prepared, cac
     return prepared.plan.remaining(cache.committed_units(), config.plan.part)
 
 
-def committed_counts(config: CaptureConfig | PairsConfig, prepared: Prepared, cache: Cache) -> dict[str, int]:
-    """Items of this command's part of the plan, how many are committed, and how many of those are errors."""
+class CommittedCounts:
+    """Items of a part of a plan, how many are committed, and how many of those are errors."""
+
+    def __init__(self, total: int = 0) -> None:
+        self._total, self._committed = total, 0
+        self._errors = Counter[str]()
+
+    def add(self, record: CommitRecord, units: Remaining) -> None:
+        """Adds the commit of one of these units."""
+        self._committed += units.items_of(record.unit)
+        self._errors.update(error.code for error in record.errors if error.is_failure)
+
+    def told(self) -> dict[str, Any]:
+        """The `counts` of `jobs.progress`."""
+        quarantined = sum(self._errors[code] for code in SET_ASIDE_CODES)
+        failed = self._errors.total() - quarantined
+        counts = {"total": self._total, "committed": self._committed, "failed": failed, "quarantined": quarantined}
+        return counts | {"errors": dict(self._errors)}
+
+
+def committed_counts(config: CaptureConfig | PairsConfig, prepared: Prepared, cache: Cache) -> CommittedCounts:
+    """Of this command's part of the plan."""
     part = prepared.plan.remaining(set(), config.plan.part)
     units = {prepared.plan.unit_ids[place] for place in part.places}
-    counts = Counter(total=part.num_items, committed=0, failed=0, quarantined=0)
+    counts = CommittedCounts(part.num_items)
     for record in cache.commits() if cache.committed_units() else ():
         if record.unit in units:
-            counts.update(counts_of(record, part))
-    return dict(counts)
-
-
-def counts_of(record: CommitRecord, units: Remaining) -> dict[str, int]:
-    """What one commit adds to `committed_counts`."""
-    set_aside = sum(error.code in _SET_ASIDE for error in record.errors)
-    failed = sum(error.is_failure for error in record.errors) - set_aside
-    return {"committed": units.items_of(record.unit), "failed": failed, "quarantined": set_aside}
+            counts.add(record, part)
+    return counts
 
 
 def run_units(config: CaptureConfig | PairsConfig, prepared: Prepared, units: Remaining, on_commit: OnCommit) -> float:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from logitlake_schemas import ERROR_CODES
 from logitlake_shared.config import field_table
 from logitlake_teacher.config import CaptureConfig, EstimateConfig, PairsConfig
 from logitlake_teacher.config.serve import ServeConfig
@@ -14,6 +15,13 @@ ROOT = Path(__file__).parents[2]
 TOKENS = 1_000_000 * 1_200
 # The page gives hours to two digits.
 ROUNDING = 0.06
+
+
+def test_the_codes_of_samples_are_listed() -> None:
+    """All that there are, in their order."""
+    page = (ROOT / "docs" / "capture.md").read_text(encoding="utf-8")
+    listed = page.partition("Per-sample codes: ")[2].partition(". Each")[0]
+    assert tuple(re.findall(r"`(\w+)`", listed)) == ERROR_CODES
 
 
 def runbook() -> list[list[str]]:

@@ -15,7 +15,7 @@ from tests.served import served
 
 from logitlake_shared.jobs.records import JobState
 from logitlake_shared.lake import Lake
-from logitlake_shared.web.job_metrics import OUTCOMES
+from logitlake_shared.web.job_figures import OUTCOMES
 from logitlake_student.api.app import student_app
 from logitlake_student.config.serve import StudentServeConfig
 from logitlake_teacher.api.app import teacher_app
@@ -36,6 +36,8 @@ SERIES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("",), "gauge":
 VALUES = {
     "state": {*JobState, "ready", "busy"},
     "outcome": set(OUTCOMES),
+    "code": {code for codes in OUTCOMES.values() for code in codes},
+    "result": {"hit", "miss"},
     "from": {*JobState, "none"},
     "to": set(JobState),
 }
@@ -66,7 +68,9 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Figu
     jobs = [{"folder": folder / name} for name in ("teacher-jobs", "student-jobs")]
     teacher = ServeConfig.model_validate({"lake": str(folder / "lake"), "sql": {"num_warm": 0}, "jobs": jobs[0]})
     student = StudentServeConfig.model_validate({"runs": folder / "runs", "jobs": jobs[1]})
-    with served(teacher_app(teacher)) as teacher_url, served(student_app(student)) as student_url:
+    students = student_app(student)
+    students.state.jobs.metrics.measured({}, {"expert_load_max_ratio/0": [1.0]})  # there once a run told it
+    with served(teacher_app(teacher)) as teacher_url, served(students) as student_url:
         yield {"teacher": figures_at(teacher_url), "student": figures_at(student_url)}
 
 

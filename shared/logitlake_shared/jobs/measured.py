@@ -5,13 +5,14 @@ counted twice by that: what happened between any two lines that were heard is th
 last that was heard down together with how far the log was read; the next attempt begins at nothing.
 
 A figure is a list of numbers: of what adds up, the sum; of what has a newest value, that; of what is timed, the sum of
-all seconds and then how many of them were at most each of `BOUNDS_S`, and above the bound before.
+all seconds and then how many of them were at most each of `BOUNDS_S`, and above the bound before. Of a figure with a
+label each value of that is a figure by itself, under a name of its own (`labelled`).
 """
 
 from bisect import bisect_left
 from collections.abc import Mapping
 
-__all__ = ["BOUNDS_S", "TIMES_SIZE", "Measured", "Meter", "sound"]
+__all__ = ["BOUNDS_S", "TIMES_SIZE", "Measured", "Meter", "labelled", "sound"]
 
 Measured = Mapping[str, list[float]]
 """figures by their names"""
@@ -22,6 +23,11 @@ TIMES_SIZE = 2 + len(BOUNDS_S)
 """numbers of a figure of times"""
 # What is more than this is no measurement: bytes of a thousand million disks.
 _MOST = 2.0**63
+
+
+def labelled(name: str, value: str | int) -> str:
+    """What a figure is called where its label has this value."""
+    return f"{name}/{value}"
 
 
 class Meter:

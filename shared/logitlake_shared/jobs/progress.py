@@ -6,9 +6,10 @@ run hands back (a file here, an HTTP route of a Ray cluster there), and whoever 
 pieces, hears everything once.
 
 Said so far: `phase` (validating, running, finalizing); `counts` (`total` items of the work, how many are `committed`,
-whoever did them, and how many of those `failed` or are `quarantined`); `figures`, for people; `measured`, for sums
-over many attempts (`jobs.measured`); `result`; `fault`. A log is text, and anybody may have written it: what cannot be
-meant so is not heard, and what is heard can be told again in strict JSON: no NaN, no half of a character, no abyss.
+whoever did them, how many of those `failed` or are `quarantined`, and by code their `errors`); `figures`, for people;
+`measured`, for sums over many attempts (`jobs.measured`); `result`; `fault`. A log is text, and anybody may have
+written it: what cannot be meant so is not heard, and what is heard can be told again in strict JSON: no NaN, no half of
+a character, no abyss.
 """
 
 import json
@@ -137,9 +138,9 @@ def _is_object(value: object) -> bool:
 
 
 def _are_counts(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        type(value.get(name)) is int and 0 <= value[name] < _MOST for name in _COUNTS
-    )
+    if not isinstance(value, dict) or not isinstance(errors := value.get("errors", {}), dict):
+        return False
+    return all(type(count) is int and 0 <= count < _MOST for count in (*map(value.get, _COUNTS), *errors.values()))
 
 
 def _is_fault(value: object) -> bool:

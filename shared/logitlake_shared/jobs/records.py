@@ -40,7 +40,7 @@ class _Record(BaseModel):
 
 
 class Counts(_Record):
-    """Items of a job (samples, pairs, steps). All but the total add up to it."""
+    """Items of a job (samples, pairs, steps). All numbers but the total add up to it."""
 
     total: int = Field(default=0, examples=[900])
     pending: int = Field(default=0, examples=[400])
@@ -50,6 +50,8 @@ class Counts(_Record):
     """that could not be done; `/v1/caches/{cache}/errors` says why"""
     quarantined: int = Field(default=0, examples=[1])
     """set aside because they ended the process that tried them"""
+    errors: dict[str, int] = Field(default={}, examples=[{"image_missing": 9, "teacher_crashed": 1}])
+    """those that failed or are quarantined, by code"""
     skipped_cached: int = Field(default=0, examples=[200])
     """done before this job began: nothing is done twice"""
     cancelled: int = Field(default=0, examples=[0])
@@ -132,7 +134,7 @@ class Job(_Record):
     """when it ends, done or not"""
     retry_at: float | None = None
     """when an interrupted job goes on"""
-    baseline: dict[str, int] | None = Field(default=None, exclude=True)
+    baseline: dict[str, Any] | None = Field(default=None, exclude=True)
     """what its first attempt found done already"""
     attempts: tuple[Attempt, ...] = ()
     last_event: int = Field(default=0, examples=[17])

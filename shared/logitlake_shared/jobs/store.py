@@ -281,7 +281,7 @@ class JobStore:
         log_offset: int,
         *,
         counts: Counts | None = None,
-        baseline: Mapping[str, int] | None = None,
+        baseline: Mapping[str, Any] | None = None,
         figures: Mapping[str, Any] | None = None,
         measured: Measured | None = None,
         result: Mapping[str, Any] | None = None,

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -224,7 +225,7 @@ class Supervisor:
         self._store.move(job.id, to, fault=fault, counts=None if to is JobState.PAUSED else given_up(job.counts))
 
 
-def _counts(raw: Mapping[str, int], baseline: Mapping[str, int]) -> Counts:
+def _counts(raw: Mapping[str, Any], baseline: Mapping[str, Any]) -> Counts:
     """The job's own share of what an attempt found: `committed` items, of which some `failed` or are `quarantined`."""
     failed, quarantined = (raw[name] - baseline[name] for name in ("failed", "quarantined"))
     return Counts(
@@ -233,5 +234,6 @@ def _counts(raw: Mapping[str, int], baseline: Mapping[str, int]) -> Counts:
         succeeded=raw["committed"] - baseline["committed"] - failed - quarantined,
         failed=failed,
         quarantined=quarantined,
+        errors=dict(Counter(raw.get("errors", {})) - Counter(baseline.get("errors", {}))),
         skipped_cached=baseline["committed"],
     )

@@ -14,7 +14,7 @@ cursors     lists by the page
 logs        lines of JSON, without secrets
 traces      spans for a collector, where one is wanted
 serving     the process: where it may listen, how it ends
-jobs        jobs over HTTP; feed has their events, job_edits what can be edited, job_pages their pages, job_metrics
-            their figures for Prometheus
+jobs        jobs over HTTP; feed has their events, job_edits what can be edited, job_pages their pages, job_figures
+            and job_metrics what Prometheus reads of them
 lake_files  a lake's files, so that `lake = "https://…"` is a lake
 """

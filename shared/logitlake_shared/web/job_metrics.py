@@ -2,16 +2,13 @@
 
 An attempt is a process of its own, which may outlive this one, so nobody asks it: what it tells of itself comes by its
 log (`jobs.measured`), and what it told since the time before is added here. A service that is started anew begins at
-zero, as counters do, and adds what nobody has added before. Labels are of a fixed set: never a job, a cache, a run or
-a person.
+zero, as counters do, and adds what nobody has added before. `job_figures` declares what there is.
 """
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Literal
 
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -21,57 +18,33 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from logitlake_shared.jobs.measured import BOUNDS_S, TIMES_SIZE, Measured
+from logitlake_shared.jobs.measured import BOUNDS_S, Measured
 from logitlake_shared.jobs.observer import Observer
 from logitlake_shared.jobs.records import Counts, JobState
 from logitlake_shared.jobs.states import NEXT
 from logitlake_shared.jobs.store import JobStore
+from logitlake_shared.web.job_figures import CountsFigure, Figure, Labels
 
-__all__ = ["OUTCOMES", "STUDENT_FIGURES", "TEACHER_FIGURES", "Figure", "JobMetrics"]
-
-OUTCOMES = ("succeeded", "failed", "quarantined", "skipped_cached")
-"""of items, as `Counts` has them"""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure that attempts tell, or with `outcomes` the counts of their jobs."""
-
-    name: str
-    """as attempts say it, and behind `logitlake_` as Prometheus has it"""
-    kind: Literal["sum", "newest", "times", "outcomes"]
-    help: str
-
-    @property
-    def size(self) -> int:
-        """Its numbers."""
-        return {"times": TIMES_SIZE, "outcomes": len(OUTCOMES)}.get(self.kind, 1)
-
-
-TEACHER_FIGURES = (
-    Figure("samples", "outcomes", "Samples and pairs of jobs, by what became of them."),
-    Figure("teacher_tokens", "sum", "Response tokens that were scored and committed."),
-    Figure("shard_bytes", "sum", "Bytes of committed shards, those of images included."),
-    Figure("shard_commit_seconds", "times", "Time to write the shards of a unit and its commit record."),
-)
-STUDENT_FIGURES = (
-    Figure("train_step_seconds", "times", "Time of an optimiser step, its wait for data included."),
-    Figure("train_tokens", "sum", "Tokens that training steps went through, prompts and images included."),
-    Figure("data_wait_seconds", "sum", "Time that training steps waited for their samples."),
-    Figure("expert_load_max_ratio", "newest", "Load of the busiest expert of any layer; 1 is even."),
-)
+__all__ = ["JobMetrics"]
 
 
 class JobMetrics(Observer, Collector):
     """Those of the jobs in a store, whose attempts tell these figures."""
 
-    def __init__(self, store: JobStore, figures: Sequence[Figure]) -> None:
-        self._store, self._figures = store, figures
+    def __init__(self, store: JobStore, figures: Sequence[Figure | CountsFigure]) -> None:
+        self._store = store
+        self._measured = [figure for figure in figures if isinstance(figure, Figure)]
+        self._counted = [figure for figure in figures if isinstance(figure, CountsFigure)]
         self._lock = threading.Lock()
         # All that may be, from the beginning on: what first appears at 1 has never risen, for Prometheus.
-        self._moves = Counter[tuple[str, str]]({(before, after): 0 for before, to in NEXT.items() for after in to})
-        self._totals = {figure.name: [0.0] * figure.size for figure in figures if figure.kind != "newest"}
-        self._newest: dict[str, float] = {}
+        self._moves = Counter[Labels]({(before, after): 0 for before, to in NEXT.items() for after in to})
+        self._counts = {figure.name: Counter(figure.of(Counts())) for figure in self._counted}
+        self._sums: dict[str, dict[Labels, list[float]]] = {
+            figure.name: {labels: [0.0] * figure.size for labels in figure.told_as}
+            for figure in self._measured
+            if figure.kind != "newest"
+        }
+        self._newest: dict[str, dict[Labels, float]] = {}
 
     def moved(self, before: JobState | None, after: JobState) -> None:
         """See `Observer.moved`."""
@@ -80,28 +53,25 @@ class JobMetrics(Observer, Collector):
 
     def counted(self, before: Counts, after: Counts) -> None:
         """See `Observer.counted`."""
-        for figure in self._figures:
-            if figure.kind == "outcomes":
-                old, new = ([float(getattr(counts, outcome)) for outcome in OUTCOMES] for counts in (before, after))
-                self._add(figure, old, new)
+        with self._lock:
+            for figure in self._counted:
+                # The difference of two counters has what rose, and nothing of what fell.
+                risen = Counter(figure.of(after)) - Counter(figure.of(before))
+                self._counts[figure.name].update(risen)
 
     def measured(self, before: Measured, after: Measured) -> None:
         """See `Observer.measured`. What is none of the figures, or not of its form, is left out."""
-        for figure in self._figures:
-            new = after.get(figure.name, [])
-            if figure.kind == "outcomes" or len(new) != figure.size:
-                continue
-            if figure.kind == "newest":
-                self._newest[figure.name] = new[0]
-            else:
-                self._add(figure, before.get(figure.name, [0.0] * figure.size), new)
-
-    def _add(self, figure: Figure, before: Sequence[float], after: Sequence[float]) -> None:
-        if len(before) == figure.size:
-            with self._lock:
-                totals = self._totals[figure.name]
-                for place, (old, new) in enumerate(zip(before, after, strict=True)):
-                    totals[place] += max(0.0, new - old)
+        with self._lock:
+            for figure in self._measured:
+                told = {labels: after.get(name, []) for labels, name in figure.told_as.items()}
+                told = {labels: numbers for labels, numbers in told.items() if len(numbers) == figure.size}
+                if figure.kind == "newest":
+                    # All of it at once: layers of an earlier student are none of this one's.
+                    self._newest |= {figure.name: {labels: new for labels, (new,) in told.items()}} if told else {}
+                    continue
+                for labels, numbers in told.items():
+                    old = before.get(figure.told_as[labels], [0.0] * figure.size)
+                    _add_risen(self._sums[figure.name][labels], old, numbers)
 
     def collect(self) -> Iterator[Metric]:
         """Those of now."""
@@ -109,26 +79,42 @@ class JobMetrics(Observer, Collector):
         for state, count in self._store.counted().items():
             jobs.add_metric([state], count)
         yield jobs
-        moves = CounterMetricFamily("logitlake_job_transitions", "Moves of jobs between states.", labels=["from", "to"])
         with self._lock:
-            for (before, after), count in self._moves.items():
-                moves.add_metric([before, after], count)
-            totals = {name: list(numbers) for name, numbers in self._totals.items()}
+            moves = _counter("job_transitions", "Moves of jobs between states.", ("from", "to"), self._moves)
+            counted = [
+                _counter(figure.name, figure.help, figure.labels, self._counts[figure.name]) for figure in self._counted
+            ]
+            measured = [self._family(figure) for figure in self._measured]
         yield moves
-        for figure in self._figures:
-            yield self._family(figure, totals.get(figure.name, []))
+        yield from counted
+        yield from measured
 
-    def _family(self, figure: Figure, totals: list[float]) -> Metric:
+    def _family(self, figure: Figure) -> Metric:
         name = f"logitlake_{figure.name}"
         if figure.kind == "newest":
-            return GaugeMetricFamily(name, figure.help, self._newest.get(figure.name))
+            gauge = GaugeMetricFamily(name, figure.help, labels=figure.labels)
+            for labels, value in self._newest.get(figure.name, {}).items():
+                gauge.add_metric(labels, value)
+            return gauge
+        sums = self._sums[figure.name]
         if figure.kind == "sum":
-            return CounterMetricFamily(name, figure.help, totals[0])
-        if figure.kind == "outcomes":
-            outcomes = CounterMetricFamily(name, figure.help, labels=["outcome"])
-            for outcome, count in zip(OUTCOMES, totals, strict=True):
-                outcomes.add_metric([outcome], count)
-            return outcomes
-        bounds = [*map(str, BOUNDS_S), "+Inf"]
-        buckets = list(zip(bounds, accumulate(totals[1:]), strict=True))
-        return HistogramMetricFamily(name, figure.help, buckets, totals[0])
+            totals = {labels: total for labels, (total,) in sums.items()}
+            return _counter(figure.name, figure.help, figure.labels, totals)
+        times = HistogramMetricFamily(name, figure.help, labels=figure.labels)
+        for labels, (seconds, *counts) in sums.items():
+            buckets = list(zip([*map(str, BOUNDS_S), "+Inf"], accumulate(counts), strict=True))
+            times.add_metric(labels, buckets, seconds)
+        return times
+
+
+def _counter(name: str, help_: str, labels: Sequence[str], series: Mapping[Labels, float]) -> CounterMetricFamily:
+    family = CounterMetricFamily(f"logitlake_{name}", help_, labels=labels)
+    for values, total in series.items():
+        family.add_metric(values, total)
+    return family
+
+
+def _add_risen(totals: list[float], before: Sequence[float], after: Sequence[float]) -> None:
+    if len(before) == len(after):
+        for place, (old, new) in enumerate(zip(before, after, strict=True)):
+            totals[place] += max(0.0, new - old)

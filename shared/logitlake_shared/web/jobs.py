@@ -32,7 +32,8 @@ from logitlake_shared.web.cursors import Cursor, Limit, Page, decode_cursor, enc
 from logitlake_shared.web.doors import Asking, Principal
 from logitlake_shared.web.feed import Feed
 from logitlake_shared.web.job_edits import JobEdit, Labels, Name, check_unchanged, etag
-from logitlake_shared.web.job_metrics import Figure, JobMetrics
+from logitlake_shared.web.job_figures import CountsFigure, Figure
+from logitlake_shared.web.job_metrics import JobMetrics
 from logitlake_shared.web.limits import becomes_stream
 from logitlake_shared.web.problems import Problem, scrubbed
 from logitlake_shared.web.tokens import without_tokens
@@ -127,7 +128,11 @@ class Jobs:
     """
 
     def __init__(
-        self, settings: JobsSettings, runner_of: RunnerOf, kinds: Mapping[str, Resolve], figures: Sequence[Figure]
+        self,
+        settings: JobsSettings,
+        runner_of: RunnerOf,
+        kinds: Mapping[str, Resolve],
+        figures: Sequence[Figure | CountsFigure],
     ) -> None:
         self.store = JobStore(settings.folder / "jobs.sqlite")
         self.metrics = self.store.observer = JobMetrics(self.store, figures)

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.jobs.processes import ProcessRunner
 from logitlake_shared.web.app import Check, make_app
-from logitlake_shared.web.job_metrics import STUDENT_FIGURES
+from logitlake_shared.web.job_figures import STUDENT_FIGURES
 from logitlake_shared.web.job_pages import job_pages
 from logitlake_shared.web.jobs import Jobs, job_routes
 from logitlake_student.api.jobs import command_of, kinds_of_jobs

@@ -11,7 +11,7 @@ from logitlake_shared.jobs.runner import Runner
 from logitlake_shared.lake import Lake
 from logitlake_shared.sql_service import SqlPool
 from logitlake_shared.web.app import Check, make_app
-from logitlake_shared.web.job_metrics import TEACHER_FIGURES
+from logitlake_shared.web.job_figures import TEACHER_FIGURES
 from logitlake_shared.web.job_pages import job_pages
 from logitlake_shared.web.jobs import Jobs, job_routes
 from logitlake_teacher.api.caches import cache_routes

@@ -7,15 +7,16 @@ from prometheus_client.registry import Collector
 
 from logitlake_shared.jobs.measured import Measured
 from logitlake_shared.jobs.store import JobStore
-from logitlake_shared.web.job_metrics import Figure, JobMetrics
+from logitlake_shared.web.job_figures import TEACHER_FIGURES, CountsFigure, Figure
+from logitlake_shared.web.job_metrics import JobMetrics
 
 __all__ = ["FIGURES", "Book", "values"]
 
 FIGURES = (
-    Figure("samples", "outcomes", "Items, by what became of them."),
+    *(figure for figure in TEACHER_FIGURES if isinstance(figure, CountsFigure)),
     Figure("work_items", "sum", "Items that were done."),
     Figure("work_seconds", "times", "Time of an item."),
-    Figure("work_place", "newest", "The last item."),
+    Figure("work_place", "newest", "The last item.", "parity", ("0", "1")),
 )
 """of the jobs of these tests"""
 

@@ -20,7 +20,7 @@ from logitlake_shared.jobs.orders import cancel, pause, resume
 from logitlake_shared.jobs.progress import MARK, parse_lines
 from logitlake_shared.jobs.records import Job, JobState
 from logitlake_shared.jobs.states import ACTIVE, ENDED, NEXT
-from logitlake_shared.web.job_metrics import OUTCOMES, JobMetrics
+from logitlake_shared.web.job_metrics import JobMetrics
 
 S = JobState
 SERVICE = (
@@ -30,11 +30,16 @@ SERVICE = (
     "workshop.store.observer = Book(workshop.store, Path(sys.argv[1], sys.argv[2]))\n"
     "workshop.supervisor.__enter__(); time.sleep(600)"
 )
+COUNTS = {"total": 1, "committed": 1, "failed": 0, "quarantined": 0}
 NONSENSE = [
     *(json.dumps({"measured": {"work_items": value}}) for value in (7, None, "7", [], [-1], ["7"], [True], [[1]], {})),
     *(f'{{"measured": {{"work_items": [{number}]}}}}' for number in ("NaN", "Infinity", "1e400", "9" * 400)),
     *(json.dumps({"measured": value}) for value in (None, 7, [], {"nobody_knows": [1]})),
     *(json.dumps({"counts": value}) for value in (None, 7, [], {}, {"total": "4", "committed": 0})),
+    *(
+        json.dumps({"counts": COUNTS | {"errors": value}})
+        for value in (None, 7, ["x"], {"x": -1}, {"x": "7"}, {"x": {}})
+    ),
     '{"counts": {"total": -1, "committed": -1, "failed": 0, "quarantined": 0}}',
     f'{{"counts": {{"total": 1, "committed": {"9" * 400}, "failed": 0, "quarantined": 0}}}}',
     *(json.dumps({"phase": value}) for value in (None, [], "flying", "succeeded")),
@@ -53,7 +58,13 @@ def watched(workshop: Workshop) -> JobMetrics:
 
 def outcomes(job: Job) -> dict[str, float]:
     """The counts of a job, as Prometheus names them."""
-    return {f"logitlake_samples_total outcome={name}": getattr(job.counts, name) for name in OUTCOMES}
+    found = {"failed": job.counts.errors, "quarantined": {"teacher_crashed": job.counts.quarantined}}
+    found |= {name: {"": getattr(job.counts, name)} for name in ("succeeded", "skipped_cached")}
+    return {
+        f"logitlake_samples_total code={code} outcome={outcome}": count
+        for outcome, codes in found.items()
+        for code, count in codes.items()
+    }
 
 
 def test_what_is_timed_adds_up() -> None:
@@ -117,12 +128,12 @@ def test_nonsense_in_a_log_changes_nothing(workshop: Workshop) -> None:
     assert job.state is S.SUCCEEDED, workshop.log(job)
     found = values(metrics)
     assert outcomes(job).items() <= found.items()
-    assert (job.counts.succeeded, job.counts.failed) == (2, 1)
+    assert (job.counts.succeeded, job.counts.failed, job.counts.errors) == (2, 1, {"image_missing": 1})
     assert found["logitlake_work_items_total"] == 3
     assert found["logitlake_work_seconds_sum"] == pytest.approx(0.9)
     assert found["logitlake_work_seconds_bucket le=0.25"] == 0
     assert found["logitlake_work_seconds_bucket le=0.5"] == found["logitlake_work_seconds_count"] == 3
-    assert found["logitlake_work_place"] == 2
+    assert (found["logitlake_work_place parity=0"], found["logitlake_work_place parity=1"]) == (2, 1)
 
 
 def test_what_is_counted_is_what_jobs_counted_over_all_their_attempts(workshop: Workshop) -> None:
@@ -133,7 +144,9 @@ def test_what_is_counted_is_what_jobs_counted_over_all_their_attempts(workshop: 
     assert len(job.attempts) == 2
     found = values(metrics)
     assert outcomes(job).items() <= found.items()
-    assert job.counts.skipped_cached == 2
+    assert (job.counts.skipped_cached, job.counts.errors) == (2, {"image_missing": 1})
+    assert found["logitlake_cache_lookups_total result=hit"] == 2
+    assert found["logitlake_cache_lookups_total result=miss"] == 4
     assert found["logitlake_work_items_total"] == found["logitlake_work_seconds_count"] == 4
 
 
@@ -141,7 +154,7 @@ def test_what_a_line_leaves_out_is_not_told_anew_by_the_next(workshop: Workshop)
     """Nor what one attempt told by another, which begins at nothing; nor what a sum had been before it fell."""
     metrics = watched(workshop)
     job = workshop.store.begin_attempt(workshop.submit().id)
-    lines = ({"work_items": [3]}, {"work_place": [1]}, {"work_items": [5]}, {"work_items": [4]})
+    lines = ({"work_items": [3]}, {"work_place/1": [1]}, {"work_items": [5]}, {"work_items": [4]})
     for offset, line in enumerate(lines):
         workshop.store.heard(job.id, 1, offset, measured=line)
     assert values(metrics)["logitlake_work_items_total"] == 5
@@ -208,6 +221,10 @@ def test_a_service_that_is_killed_between_lines_and_its_successor_count_each_lin
         for left in workshop.store.unfinished(*ACTIVE):
             workshop.runner.stop(left, len(left.attempts), now=True)
         os.close(workshop.gate)
-    for name in ("work_items_total", "work_seconds_count", "samples_total outcome=succeeded"):
-        values = [counted(service)[f"logitlake_{name}"] for service in ("first", "second")]
-        assert values == [2, 4], name
+    for name, expected in {
+        "work_items_total": [2, 4],
+        "work_seconds_count": [2, 4],
+        "samples_total code= outcome=succeeded": [2, 4],
+        "cache_lookups_total result=miss": [6, 0],
+    }.items():
+        assert [counted(service)[f"logitlake_{name}"] for service in ("first", "second")] == expected, name

@@ -4,12 +4,13 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from logitlake_shared.config import StrictModel, load_config
 from logitlake_shared.errors import DataError
-from logitlake_shared.jobs.measured import Meter
+from logitlake_shared.jobs.measured import Meter, labelled
 from logitlake_shared.jobs.progress import say
 
 __all__ = ["WorkConfig", "cli"]
@@ -24,7 +25,7 @@ class WorkConfig(StrictModel):
     wait_in: str = ""
     """a phase in which it waits for a byte in the pipe `gate`, item after item where that is `running`"""
     bad: int = 0
-    """items that fail"""
+    """items that fail, as images that are missing"""
     dies_at: int | None = None
     """the item before which it is killed, once"""
     refuses: str = ""
@@ -58,7 +59,7 @@ def cli(path: Path) -> None:
             file.write(f"{place}\n")
         meter.add("work_items", 1)
         meter.time("work_seconds", 0.3)
-        meter.renew("work_place", place)
+        meter.renew(labelled("work_place", place % 2), place)
         say(counts=_counts(config, done), figures={"last": place}, measured=meter.told())
     say(phase="finalizing")
     _wait(config, "finalizing")
@@ -81,6 +82,8 @@ def _done(path: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def _counts(config: WorkConfig, done: Path) -> dict[str, int]:
+def _counts(config: WorkConfig, done: Path) -> dict[str, Any]:
     committed = _done(done)
-    return {"total": config.items, "committed": committed, "failed": min(config.bad, committed), "quarantined": 0}
+    failed = min(config.bad, committed)
+    counts = {"total": config.items, "committed": committed, "failed": failed, "quarantined": 0}
+    return counts | {"errors": {"image_missing": failed}}

@@ -18,8 +18,17 @@ def read(client: httpx.Client) -> dict[str, float]:
 
 
 def samples(found: dict[str, float]) -> dict[str, float]:
-    """The samples by their outcome."""
-    return {outcome: found[f'logitlake_samples_total{{outcome="{outcome}"}}'] for outcome in OUTCOMES}
+    """The samples by their outcome, of all codes."""
+    of_code = {name: value for name, value in found.items() if name.startswith("logitlake_samples_total{")}
+    return {
+        outcome: sum(value for name, value in of_code.items() if f'outcome="{outcome}"' in name) for outcome in OUTCOMES
+    }
+
+
+def lookups(found: dict[str, float]) -> tuple[float, float]:
+    """Hits and misses of the cache."""
+    hits, misses = (found[f'logitlake_cache_lookups_total{{result="{result}"}}'] for result in ("hit", "miss"))
+    return hits, misses
 
 
 def test_samples_tokens_and_bytes_are_those_of_the_jobs(api: Api, capture: Callable[..., dict[str, Any]]) -> None:
@@ -31,6 +40,7 @@ def test_samples_tokens_and_bytes_are_those_of_the_jobs(api: Api, capture: Calla
     first = read(client)
     assert samples(first) == {outcome: job["counts"][outcome] for outcome in OUTCOMES}
     assert samples(first)["succeeded"] == NUM_SAMPLES
+    assert lookups(first) == (0, NUM_SAMPLES)
     assert first["logitlake_teacher_tokens_total"] == job["result"]["tokens"]
     assert first["logitlake_shard_bytes_total"] == job["result"]["bytes"]
     assert first["logitlake_shard_commit_seconds_count"] == job["result"]["units"] > 1
@@ -40,6 +50,7 @@ def test_samples_tokens_and_bytes_are_those_of_the_jobs(api: Api, capture: Calla
     assert again["counts"]["skipped_cached"] == NUM_SAMPLES
     second = read(client)
     assert samples(second) == samples(first) | {"skipped_cached": NUM_SAMPLES}
+    assert lookups(second) == (NUM_SAMPLES, NUM_SAMPLES)
     for name in ("teacher_tokens_total", "shard_bytes_total", "shard_commit_seconds_count"):
         assert second[f"logitlake_{name}"] == first[f"logitlake_{name}"]
     moved = {name: count for name, count in second.items() if name.startswith("logitlake_job_transitions_total")}
@@ -57,5 +68,28 @@ def test_attempts_that_are_killed_count_no_sample_twice(api: Api, capture: Calla
     found = read(client)
     assert samples(found) == {outcome: job["counts"][outcome] for outcome in OUTCOMES}
     assert samples(found)["succeeded"] == NUM_SAMPLES
+    assert lookups(found) == (0, NUM_SAMPLES)
     assert 0 < found["logitlake_teacher_tokens_total"] <= job["result"]["tokens"]
     assert found['logitlake_job_transitions_total{from="running",to="interrupted"}'] == len(job["attempts"]) - 1
+
+
+def test_what_failed_is_counted_by_code(api: Api, capture: Callable[..., dict[str, Any]]) -> None:
+    """As the cache's own errors have it, and the job; a job that finds these errors committed adds none of them."""
+    client = api()
+    engine = {"type": "fake", "wrong": {"s003": "duplicate_id", "s011": "duplicate_id"}}
+    for _ in range(2):
+        job = until(
+            client, client.post("/v1/jobs", json=capture(engine=engine, max_error_rate=1.0)).json()["id"], *ENDED
+        )
+        assert job["state"] == "succeeded", job
+    listed = client.get("/v1/caches/main/errors").json()["data"]
+    assert [error["code"] for error in listed] == ["teacher_invalid"] * 2
+    found = read(client)
+    assert found['logitlake_samples_total{code="teacher_invalid",outcome="failed"}'] == 2
+    assert samples(found) == {
+        "succeeded": NUM_SAMPLES - 2, "failed": 2, "quarantined": 0, "skipped_cached": NUM_SAMPLES
+    }  # fmt: skip
+    assert lookups(found) == (NUM_SAMPLES, NUM_SAMPLES)
+    assert job["counts"]["errors"] == {}
+    first = client.get("/v1/jobs").json()["data"][-1]
+    assert first["counts"]["errors"] == {"teacher_invalid": 2}
