@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import click
 
 from logitlake_shared.cli_support import config_command, progress, run_cli
-from logitlake_shared.jobs.measured import Meter
+from logitlake_shared.jobs.measured import Meter, labelled
 from logitlake_shared.jobs.progress import is_heard, say, say_sometimes
 from logitlake_teacher.jobs_cli import jobs
 from logitlake_teacher.serve_cli import serve, token
 
 if TYPE_CHECKING:
     from logitlake_teacher.config import CaptureConfig, PairsConfig
-    from logitlake_teacher.executors import Committed
+    from logitlake_teacher.executors import Committed, UnitCost
     from logitlake_teacher.service import Prepared, Summary
 
 __all__ = ["cli", "main"]
@@ -131,15 +131,12 @@ def _run(config: CaptureConfig | PairsConfig, plan_digest: str | None) -> None:
         def on_commit(done: Committed) -> None:
             nonlocal tokens, errors
             record = done.record
-            num_tokens = sum(entry.tokens for entry in record.shards)
-            tokens += num_tokens
+            tokens += sum(entry.tokens for entry in record.shards)
             errors += sum(error.is_failure for error in record.errors)
             rate = tokens / max(time.monotonic() - started, 1e-9)
             counts.add(record, units)
-            if done.commit_s is not None:
-                meter.add("teacher_tokens", num_tokens)
-                meter.add("shard_bytes", sum(entry.bytes for entry in record.shards))
-                meter.time("shard_commit_seconds", done.commit_s)
+            if done.cost is not None:
+                _measure(meter, done.cost, sum(entry.bytes for entry in record.shards))
             figures = {"tokens": tokens, "tokens_per_s": round(rate, 1)}
             say_sometimes(counts=counts.told(), figures=figures, measured=meter.told())
             advance(units.items_of(record.unit), tokens_per_s=f"{rate:.0f}", errors=errors)
@@ -160,6 +157,15 @@ def _run(config: CaptureConfig | PairsConfig, plan_digest: str | None) -> None:
     _say_result(summary)
     _show(what, noun, summary, seconds)
     service.check_error_rate(summary, config.max_error_rate)
+
+
+def _measure(meter: Meter, cost: UnitCost, num_bytes: int) -> None:
+    for kind, num_tokens in cost.tokens.items():
+        meter.add(labelled("teacher_tokens", kind), num_tokens)
+    for seconds in cost.batches_s:
+        meter.time("teacher_batch_seconds", seconds)
+    meter.add("shard_bytes", num_bytes)
+    meter.time("shard_commit_seconds", cost.commit_s)
 
 
 def _say_result(summary: Summary) -> None:

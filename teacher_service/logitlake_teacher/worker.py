@@ -1,15 +1,17 @@
 """What an executor runs: one engine and one open cache, in this process or in another.
 
 Units may run in several threads at once: one is loaded and committed while the teacher works on another. The teacher
-itself is asked by one thread at a time, unless its engine says that it can be shared (`concurrent`).
+itself is asked by one thread at a time, unless its engine says that it can be shared (`concurrent`). What a unit costs
+is measured here and told with its commit, so what is never committed is never counted.
 """
 
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from logitlake_schemas import CacheKind, CommitRecord
@@ -22,7 +24,7 @@ from logitlake_teacher.capture import capture_unit
 from logitlake_teacher.config import EngineConfig, ImagesConfig
 from logitlake_teacher.engines import EngineSetup, build_engine
 from logitlake_teacher.engines.base import Engine, Generation, SampleProblem, Sampling, ScoredSample, ScoreRequest
-from logitlake_teacher.executors.base import Committed
+from logitlake_teacher.executors.base import Committed, UnitCost
 from logitlake_teacher.items import Item, Unit
 from logitlake_teacher.pairs import capture_pairs_unit, pair_producer
 from logitlake_teacher.unit_images import GuardedImages
@@ -72,7 +74,9 @@ class UnitWorker:
             # is committed is as good as ours.
             _LOG.warning("%s", conflict)
             record = cache.commit(unit.unit_id)
-        return Committed(record, publish.seconds)
+        if publish.seconds is None:
+            return Committed(record, cost=None)
+        return Committed(record, UnitCost(tuple(engine.batches_s), dict(engine.tokens), publish.seconds))
 
     def probe(self, items: Sequence[Item]) -> None:
         """Scores the items and forgets the answers: does the teacher survive them?"""
@@ -104,16 +108,18 @@ class _TimedPublish:
         return record
 
 
-Answer = TypeVar("Answer")
+Answer = TypeVar("Answer", ScoredSample | SampleProblem, list[Generation] | SampleProblem)
 
 
 @dataclass(frozen=True)
 class _SharedEngine:
-    """An engine as one unit sees it: it waits for its turn, and asks in pieces."""
+    """An engine as one unit sees it: it waits for its turn, asks in pieces, and keeps count of what that takes."""
 
     engine: Engine
     turn: AbstractContextManager[object]
     pieces: int
+    batches_s: list[float] = field(default_factory=list)
+    tokens: Counter[str] = field(default_factory=Counter)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[ScoredSample | SampleProblem]:
         """See `Engine.score`."""
@@ -134,6 +140,29 @@ class _SharedEngine:
         self, engine_call: Callable[[Sequence[ScoreRequest]], list[Answer]], requests: Sequence[ScoreRequest]
     ) -> list[Answer]:
         size = max(1, -(-len(requests) // self.pieces))
+        answers: list[Answer] = []
         with self.turn:
-            parts = [engine_call(requests[start : start + size]) for start in range(0, len(requests), size)]
-        return [answer for part in parts for answer in part]
+            for start in range(0, len(requests), size):
+                began = time.monotonic()
+                answers += engine_call(requests[start : start + size])
+                self.batches_s.append(time.monotonic() - began)
+        for request, answer in zip(requests, answers, strict=True):
+            self.tokens.update(_tokens(request, answer))
+        return answers
+
+
+def _tokens(request: ScoreRequest, answer: ScoredSample | list[Generation] | SampleProblem) -> dict[str, int]:
+    """Tokens of an answered request by kind; the prompt of several candidates is one."""
+    if isinstance(answer, SampleProblem):
+        return {}
+    if isinstance(answer, ScoredSample):
+        responses, expanded_length = [request.response_ids], answer.expanded_length
+    else:
+        responses, expanded_length = [one.response_ids for one in answer], answer[0].expanded_length
+    # In the prompt an image is one placeholder.
+    num_text = len(request.prompt_ids) - len(request.images)
+    return {
+        "prompt": num_text,
+        "image": expanded_length - num_text - len(responses[0]),
+        "response": sum(map(len, responses)),
+    }

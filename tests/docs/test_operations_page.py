@@ -38,6 +38,7 @@ VALUES = {
     "outcome": set(OUTCOMES),
     "code": {code for codes in OUTCOMES.values() for code in codes},
     "result": {"hit", "miss"},
+    "kind": {"prompt", "image", "response"},
     "from": {*JobState, "none"},
     "to": set(JobState),
 }

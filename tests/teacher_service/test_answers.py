@@ -359,7 +359,7 @@ def test_the_second_publisher_of_a_unit_takes_what_is_committed(
     )
     with closing(UnitWorker(job)) as worker:
         done = worker.run(unit, {})
-        assert done == Committed(cache.commit(unit.unit_id), commit_s=None)
+        assert done == Committed(cache.commit(unit.unit_id), cost=None)
         assert "this publisher's result is discarded" in caplog.text
         assert worker.run(unit, {}) == done
     first = fake(bench, spec, seed=1)

@@ -87,7 +87,14 @@ _LAYERS = tuple(map(str, range(128)))
 TEACHER_FIGURES = (
     CountsFigure("samples", "Samples and pairs of jobs, by what became of them.", ("outcome", "code"), _samples),
     CountsFigure("cache_lookups", "Samples and pairs that jobs asked their cache for.", ("result",), _cache_lookups),
-    Figure("teacher_tokens", "sum", "Response tokens that were scored and committed."),
+    Figure(
+        "teacher_tokens",
+        "sum",
+        "Tokens that teachers read or wrote for committed units.",
+        "kind",
+        ("prompt", "image", "response"),
+    ),
+    Figure("teacher_batch_seconds", "times", "Time of a call of the teacher, for a unit that was committed."),
     Figure("shard_bytes", "sum", "Bytes of committed shards, those of images included."),
     Figure("shard_commit_seconds", "times", "Time to write the shards of a unit and its commit record."),
 )

@@ -8,10 +8,19 @@ from logitlake_teacher.config import (
     InlineExecutorConfig,
     VllmEngineConfig,
 )
-from logitlake_teacher.executors.base import Committed, Executor, MakeWorker, Worker
+from logitlake_teacher.executors.base import Committed, Executor, MakeWorker, UnitCost, Worker
 from logitlake_teacher.executors.stopping import StopRequest, stop_on_signals
 
-__all__ = ["Committed", "Executor", "MakeWorker", "StopRequest", "Worker", "build_executor", "stop_on_signals"]
+__all__ = [
+    "Committed",
+    "Executor",
+    "MakeWorker",
+    "StopRequest",
+    "UnitCost",
+    "Worker",
+    "build_executor",
+    "stop_on_signals",
+]
 
 
 def build_executor(config: ExecutorConfig, engine: EngineConfig | None = None) -> Executor:

@@ -16,7 +16,19 @@ from logitlake_shared.errors import EngineError, LakeError, LogitLakeError
 from logitlake_teacher.executors.stopping import StopRequest
 from logitlake_teacher.items import Item, Unit
 
-__all__ = ["Committed", "Executor", "MakeWorker", "Worker", "is_retryable"]
+__all__ = ["Committed", "Executor", "MakeWorker", "UnitCost", "Worker", "is_retryable"]
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """What a unit took the worker that committed it."""
+
+    batches_s: tuple[float, ...]
+    """seconds of each call of the teacher, in their order; the wait for its turn is none of them"""
+    tokens: Mapping[str, int]
+    """of all sequences that the teacher answered: `prompt` (text), `image` (as it expanded them), `response`"""
+    commit_s: float
+    """seconds that writing its shards and its record took"""
 
 
 @dataclass(frozen=True)
@@ -24,8 +36,8 @@ class Committed:
     """A unit that is in the lake."""
 
     record: CommitRecord
-    commit_s: float | None
-    """seconds that writing its shards and its record took; None where it was committed already"""
+    cost: UnitCost | None
+    """None where it was committed already"""
 
 
 class Worker(Protocol):

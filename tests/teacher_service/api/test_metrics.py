@@ -8,7 +8,12 @@ from tests.teacher_service.api.conftest import Api
 from tests.teacher_service.api.test_jobs import ENDED, until
 from tests.teacher_service.conftest import NUM_SAMPLES
 
+from logitlake_teacher.config import FakeEngineConfig
+
+TOKENS = tuple(f'teacher_tokens_total{{kind="{kind}"}}' for kind in ("prompt", "image", "response"))
 OUTCOMES = ("succeeded", "failed", "quarantined", "skipped_cached")
+
+TOKENS_PER_IMAGE = FakeEngineConfig().tokens_per_image
 
 
 def read(client: httpx.Client) -> dict[str, float]:
@@ -41,7 +46,9 @@ def test_samples_tokens_and_bytes_are_those_of_the_jobs(api: Api, capture: Calla
     assert samples(first) == {outcome: job["counts"][outcome] for outcome in OUTCOMES}
     assert samples(first)["succeeded"] == NUM_SAMPLES
     assert lookups(first) == (0, NUM_SAMPLES)
-    assert first["logitlake_teacher_tokens_total"] == job["result"]["tokens"]
+    assert first['logitlake_teacher_tokens_total{kind="response"}'] == job["result"]["tokens"]
+    assert first['logitlake_teacher_tokens_total{kind="image"}'] == TOKENS_PER_IMAGE * NUM_SAMPLES
+    assert first["logitlake_teacher_batch_seconds_count"] == job["result"]["units"]
     assert first["logitlake_shard_bytes_total"] == job["result"]["bytes"]
     assert first["logitlake_shard_commit_seconds_count"] == job["result"]["units"] > 1
     assert 0 < first["logitlake_shard_commit_seconds_sum"] < 60
@@ -51,7 +58,8 @@ def test_samples_tokens_and_bytes_are_those_of_the_jobs(api: Api, capture: Calla
     second = read(client)
     assert samples(second) == samples(first) | {"skipped_cached": NUM_SAMPLES}
     assert lookups(second) == (NUM_SAMPLES, NUM_SAMPLES)
-    for name in ("teacher_tokens_total", "shard_bytes_total", "shard_commit_seconds_count"):
+    counted = (*TOKENS, "teacher_batch_seconds_count", "shard_bytes_total", "shard_commit_seconds_count")
+    for name in counted:
         assert second[f"logitlake_{name}"] == first[f"logitlake_{name}"]
     moved = {name: count for name, count in second.items() if name.startswith("logitlake_job_transitions_total")}
     assert moved['logitlake_job_transitions_total{from="none",to="queued"}'] == 2
@@ -69,7 +77,8 @@ def test_attempts_that_are_killed_count_no_sample_twice(api: Api, capture: Calla
     assert samples(found) == {outcome: job["counts"][outcome] for outcome in OUTCOMES}
     assert samples(found)["succeeded"] == NUM_SAMPLES
     assert lookups(found) == (0, NUM_SAMPLES)
-    assert 0 < found["logitlake_teacher_tokens_total"] <= job["result"]["tokens"]
+    assert 0 < found['logitlake_teacher_tokens_total{kind="response"}'] <= job["result"]["tokens"]
+    assert 0 < found["logitlake_teacher_batch_seconds_count"] <= job["result"]["units"]
     assert found['logitlake_job_transitions_total{from="running",to="interrupted"}'] == len(job["attempts"]) - 1
 
 
