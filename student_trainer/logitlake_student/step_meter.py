@@ -1,4 +1,4 @@
-"""What the steps of a run take: time, the wait for data in it, tokens; and how even its experts are.
+"""What the steps of a run take: time, the wait for data in it, tokens; and how even each layer's experts are.
 
 A step lasts from when it asks for its samples to when the weights have changed. What comes after that (a line of
 metrics, a checkpoint) belongs to no step. Times are this rank's; the ranks wait for each other anyway.

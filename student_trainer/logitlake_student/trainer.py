@@ -98,6 +98,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._step_sums: dict[str, float] = defaultdict(float)
         self._num_summed = self._num_skipped = 0
         self._num_tokens: Tensor | None = None
+        self._dropped: list[Tensor] = []
         self._sums: dict[str, float] = defaultdict(float)
         self._routing: RoutingSums | None = None
         self._staging: Path | None = None
@@ -204,6 +205,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         result = model(inputs, num_items_in_batch)
         for name, value in result.sums.items():
             self._step_sums[name] += float(value)
+        if result.routing is not None and self.model.routing.drops:
+            self._dropped.append(result.routing.dropped_L.double().sum())
         if result.routing is not None and (self.state.global_step + 1) % self._stage.log_every == 0:
             self._routing = result.routing if self._routing is None else self._routing + result.routing
         # The wrapper takes the mean of the ranks' gradients; the loss is their sum.
@@ -317,6 +320,10 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def _step_ended(self) -> None:
         assert self._num_tokens is not None  # every step takes its samples first
         self._meter.step_ended(float(self._num_tokens))  # on a GPU this waits until the step is done
+        if self._dropped:
+            dropped = sum_over_ranks({"dropped": torch.stack(self._dropped).sum()})["dropped"]
+            self._meter.add("tokens_dropped", float(dropped))
+            self._dropped.clear()
 
     def _latest(self) -> dict[str, Any]:
         return self._shown

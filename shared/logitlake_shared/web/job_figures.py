@@ -101,6 +101,7 @@ TEACHER_FIGURES = (
 STUDENT_FIGURES = (
     Figure("train_step_seconds", "times", "Time of an optimiser step, its wait for data included."),
     Figure("train_tokens", "sum", "Tokens that training steps went through, prompts and images included."),
+    Figure("tokens_dropped", "sum", "Tokens that a full expert turned away, for each expert that did."),
     Figure("data_wait_seconds", "sum", "Time that training steps waited for their samples."),
     Figure("expert_load_max_ratio", "newest", "Load of a layer's busiest expert; 1 is even.", "layer", _LAYERS),
 )

@@ -53,6 +53,11 @@ class RoutingObjective:
         self.num_experts_per_tok = num_experts_per_tok
         self._capacity_factor = capacity_factor
 
+    @property
+    def drops(self) -> bool:
+        """Whether an expert may be full."""
+        return self._capacity_factor is not None
+
     def capacity(self, token_mask_N: Tensor) -> Capacity | None:
         """Of a forward pass over these tokens."""
         return None if self._capacity_factor is None else Capacity(self._capacity_factor, token_mask_N)
