@@ -14,6 +14,7 @@ from logitlake_shared.web.app import Check, make_app
 from logitlake_shared.web.job_figures import TEACHER_FIGURES
 from logitlake_shared.web.job_pages import job_pages
 from logitlake_shared.web.jobs import Jobs, job_routes
+from logitlake_teacher.api.cache_sizes import CacheSizes
 from logitlake_teacher.api.caches import cache_routes
 from logitlake_teacher.api.files import files_route
 from logitlake_teacher.api.jobs import command_of, kinds_of_jobs, plan_routes
@@ -44,7 +45,9 @@ def teacher_app(config: ServeConfig) -> FastAPI:
     async def life(app: FastAPI) -> AsyncIterator[None]:
         with ExitStack() as stack:
             pool = stack.enter_context(SqlPool(config.lake, config.sql))
-            app.state.questions = SqlQuestions(pool, app.state.service.registry)
+            registry = app.state.service.registry
+            stack.enter_context(CacheSizes(lake).running(registry))
+            app.state.questions = SqlQuestions(pool, registry)
             app.state.queries = LongQueries(app.state.questions)
             stack.enter_context(app.state.queries.running())
             if jobs is not None:
