@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from logitlake_shared.jobs.progress import VARIABLE, parse_lines, say
+
 Metrics = Callable[[Path], list[dict[str, Any]]]
 
 # The same sums in float32 in another order, grown over twelve steps of AdamW.
@@ -29,8 +31,8 @@ STAGES: list[dict[str, Any]] = [
 WHOLE = [stage | {"micro_batch_size": stage.get("batch_size", 4)} for stage in STAGES]
 
 
-def train_on_two_ranks(world: Any, config: Path, *overrides: str) -> None:
-    """`torchrun` on the loopback interface, as a user would start it."""
+def train_on_two_ranks(world: Any, config: Path, *overrides: str) -> str:
+    """`torchrun` on the loopback interface, as a user would start it. Returns what it logged."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
@@ -44,6 +46,7 @@ def train_on_two_ranks(world: Any, config: Path, *overrides: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-6000:]
+    return done.stderr
 
 
 def assert_same_steps(one: Path, other: Path, metrics_of: Metrics) -> None:
@@ -79,6 +82,20 @@ def test_two_ranks_take_the_steps_of_one_process(student_world: Any, metrics_of:
     assert (student_world.output / "d2d" / "checkpoint-2").is_dir()
     train_on_two_ranks(student_world, student_world.file(*STAGES, data_parallel=data_parallel))
     assert_same_steps(alone, student_world.output, metrics_of)
+
+
+def test_dropped_tokens_are_those_of_all_ranks(
+    student_world: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told once: as many as one process drops, which fills its experts with the same micro-batches."""
+    monkeypatch.setenv(VARIABLE, "1")
+    stage = {"type": "d2s", "capacity_factor": 0.5, "steps": 1, "micro_batch_size": 1}
+    student_world.train(student_world.train_config(stage, output=str(student_world.folder / "one")))
+    say()  # what waits
+    logs = (capsys.readouterr().err, train_on_two_ranks(student_world, student_world.file(stage)))
+    one, two = ([line["measured"] for line in parse_lines(log.encode())[0] if "measured" in line][-1] for log in logs)
+    for name in ("tokens_dropped", "train_tokens"):
+        assert one[name] == two[name] > [0]
 
 
 @pytest.mark.slow
