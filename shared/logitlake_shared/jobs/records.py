@@ -40,7 +40,7 @@ class _Record(BaseModel):
 
 
 class Counts(_Record):
-    """Items of a job (samples, pairs, steps). All numbers but the total add up to it."""
+    """Items of a job (samples, pairs, steps). All but the total add up to it."""
 
     total: int = Field(default=0, examples=[900])
     pending: int = Field(default=0, examples=[400])
@@ -50,12 +50,12 @@ class Counts(_Record):
     """that could not be done; `/v1/caches/{cache}/errors` says why"""
     quarantined: int = Field(default=0, examples=[1])
     """set aside because they ended the process that tried them"""
-    errors: dict[str, int] = Field(default={}, examples=[{"image_missing": 9, "teacher_crashed": 1}])
-    """those that failed or are quarantined, by code"""
     skipped_cached: int = Field(default=0, examples=[200])
     """done before this job began: nothing is done twice"""
     cancelled: int = Field(default=0, examples=[0])
     """that the job's end left undone"""
+    errors: dict[str, int] = Field(default={}, exclude=True)
+    """by code, those that failed or are quarantined; a job shows them beside its counts"""
 
 
 class JobFault(_Record):
@@ -139,6 +139,12 @@ class Job(_Record):
     attempts: tuple[Attempt, ...] = ()
     last_event: int = Field(default=0, examples=[17])
     """id of its newest event"""
+
+    @computed_field(examples=[{"image_missing": 9, "teacher_crashed": 1}])  # type: ignore[prop-decorator]
+    @property
+    def errors(self) -> dict[str, int]:
+        """Items that failed or are quarantined, by code."""
+        return self.counts.errors
 
     @computed_field(examples=["2f1d9c8e4b7a6035"])  # type: ignore[prop-decorator]  # what pydantic asks for
     @property

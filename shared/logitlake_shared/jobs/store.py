@@ -440,5 +440,6 @@ def _plain(value: Any) -> Any:
 
 
 def _stored(value: Any) -> Any:
-    value = _plain(value)
+    if isinstance(value, BaseModel):
+        value = dict(value)  # what no answer shows, too
     return json.dumps(value) if isinstance(value, dict | tuple) else value

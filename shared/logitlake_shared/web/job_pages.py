@@ -85,8 +85,7 @@ def _job(request: Request, asking: Asking, job: Job, template: str, subjects: st
         job=shown(job),
         is_live=job.state not in ENDED,
         bar=_bar(job),
-        counts=job.counts.model_dump(exclude={"errors"})
-        | {f"error {code}": count for code, count in job.counts.errors.items()},
+        counts=job.counts.model_dump() | {f"error {code}": count for code, count in job.errors.items()},
         eta_s=_seconds_left(job),
         may_order=may_order,
         orders=_orders(job),

@@ -22,7 +22,7 @@ PHASES = ("validating", "running", "finalizing")
 
 def is_whole(job: Job) -> bool:
     """Whether the counts add up."""
-    parts = job.counts.model_dump(exclude={"total", "errors"})
+    parts = job.counts.model_dump(exclude={"total"})
     return sum(parts.values()) == job.counts.total
 
 

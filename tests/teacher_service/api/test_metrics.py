@@ -99,6 +99,6 @@ def test_what_failed_is_counted_by_code(api: Api, capture: Callable[..., dict[st
         "succeeded": NUM_SAMPLES - 2, "failed": 2, "quarantined": 0, "skipped_cached": NUM_SAMPLES
     }  # fmt: skip
     assert lookups(found) == (NUM_SAMPLES, NUM_SAMPLES)
-    assert job["counts"]["errors"] == {}
+    assert job["errors"] == {}
     first = client.get("/v1/jobs").json()["data"][-1]
-    assert first["counts"]["errors"] == {"teacher_invalid": 2}
+    assert first["errors"] == {"teacher_invalid": 2}
