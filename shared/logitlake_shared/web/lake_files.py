@@ -34,7 +34,8 @@ METHODS = ("GET", "HEAD", "PROPFIND")
 _NAME = re.compile(r"(?:[A-Za-z0-9_=@+-][A-Za-z0-9._=@+-]*/)*[A-Za-z0-9_=@+-][A-Za-z0-9._=@+-]*")
 _TOP = (layout.LAKE_MANIFEST, "caches", "catalog")
 _CHUNK_BYTES = 2**20
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+# Numbers that no size has are nonsense, too.
+_RANGE = re.compile(r"bytes=(\d{0,1000})-(\d{0,1000})", re.IGNORECASE)
 
 
 class LakeFiles:
@@ -61,17 +62,20 @@ class LakeFiles:
             path = root / name
             if not await to_thread.run_sync(lambda: path.is_file() and path.resolve().is_relative_to(root)):
                 raise HTTPException(404)
+            _keep_one_range(request, (await to_thread.run_sync(path.stat)).st_size)
             return _File(path, media_type=_media_type(name))
         size = await to_thread.run_sync(self._store.size, name)
         if size is None:
             raise HTTPException(404)
-        start, stop = _range(request.headers.get("range"), size)
+        # No validator goes out with it, so one that comes back is of something else (RFC 9110, 13.1.5).
+        asked = None if "if-range" in request.headers else request.headers.get("range")
+        part = _part(asked, size)
+        start, stop = part or (0, size)
         headers = {"Accept-Ranges": "bytes", "Content-Length": str(stop - start)}
-        is_part = (start, stop) != (0, size)
-        if is_part:
+        if part is not None:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         body = self._remote(name, start, stop) if request.method == "GET" else iter(())
-        return StreamingResponse(body, 206 if is_part else 200, headers, _media_type(name))
+        return StreamingResponse(body, 200 if part is None else 206, headers, _media_type(name))
 
     async def _remote(self, name: str, start: int, stop: int) -> AsyncIterator[bytes]:
         file = await to_thread.run_sync(self._store.open, name)
@@ -91,7 +95,7 @@ class LakeFiles:
         is_deep = request.headers.get("depth", "infinity") == "infinity"
         prefixes = [name] if name else list(_TOP)
         objects, folders = await to_thread.run_sync(self._listed, request.scope, prefixes, is_deep)
-        base = request.url.path.removesuffix(name).rstrip("/")
+        base = request.url.path.rstrip("/").removesuffix(name).rstrip("/")
         body = _multistatus(base, [name, *folders], objects)
         return Response(body, 207, media_type="application/xml; charset=utf-8")
 
@@ -117,17 +121,34 @@ class _File(FileResponse):
     chunk_size = _CHUNK_BYTES
 
 
-def _range(header: str | None, size: int) -> tuple[int, int]:
-    """First byte and the byte after the last. Several ranges, or nonsense, mean the whole (RFC 9110, 14.2)."""
+def _part(header: str | None, size: int) -> tuple[int, int] | None:
+    """First byte and the byte after the last, also where that is all there is: who asks for a part expects to be told.
+
+    Several ranges, or nonsense, are no part but mean the whole (RFC 9110, 14.2).
+    """
     found = _RANGE.fullmatch(header or "")
     if found is None or not any(found.groups()):
-        return 0, size
+        return None
     first, last = found.groups()
+    if first and last and int(first) > int(last):
+        return None
     start = int(first) if first else max(0, size - int(last))
     stop = min(size, int(last) + 1) if first and last else size
     if start >= stop:
         raise HTTPException(416, headers={"Content-Range": f"bytes */{size}"})
     return start, stop
+
+
+def _keep_one_range(request: Request, size: int) -> None:
+    """Takes `Range` out of a request where it means the whole: `FileResponse` has answers of its own to such."""
+    try:
+        is_whole = _part(request.headers.get("range"), size) is None
+    except HTTPException:
+        if "if-range" not in request.headers:
+            raise
+        is_whole = True  # what was read of it before is of something else, or there is nothing more
+    if is_whole:
+        request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
 
 
 def _media_type(name: str) -> str:

@@ -148,6 +148,9 @@ def large(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         ("bytes=2000-", 2000, len(BYTES)),
         ("bytes=-10", len(BYTES) - 10, len(BYTES)),
         ("bytes=2300-999999", 2300, len(BYTES)),
+        ("bytes=0-", 0, len(BYTES)),
+        (f"bytes=0-{len(BYTES) - 1}", 0, len(BYTES)),
+        ("bytes=-999999", 0, len(BYTES)),
     ],
 )
 def test_a_part_is_what_was_asked_for(large: str, asked: str | None, start: int, stop: int) -> None:
@@ -162,10 +165,39 @@ def test_a_part_is_what_was_asked_for(large: str, asked: str | None, start: int,
             assert one.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(BYTES)}"
 
 
-def test_a_part_beyond_the_end_is_refused(large: str) -> None:
-    answer = httpx.get(large, headers={"range": "bytes=999999-"})
+@pytest.mark.parametrize(
+    "asked",
+    ["bytes=0-0,5-9", "bytes=9-5", "bytes=-", "bytes=a-b", "items=0-1", "bytes 0-1", f"bytes={'9' * 5000}-"],
+)
+def test_what_is_no_part_is_the_whole(large: str, asked: str) -> None:
+    """RFC 9110, 14.2: a range that is not understood is as none; so are several at once, which nobody needs."""
+    for answer in (httpx.get(large, headers={"range": asked}), httpx.head(large, headers={"range": asked})):
+        assert (answer.status_code, int(answer.headers["content-length"])) == (200, len(BYTES))
+        assert "content-range" not in answer.headers
+    assert httpx.get(large, headers={"range": asked}).content == BYTES
+
+
+def test_a_part_of_what_was_something_else_before_is_the_whole(large: str) -> None:
+    """RFC 9110, 13.1.5: also where the part is beyond the end of what it is now."""
+    for asked in ("bytes=5-9", "bytes=999999-"):
+        answer = httpx.get(large, headers={"range": asked, "if-range": '"another"'})
+        assert (answer.status_code, answer.content) == (200, BYTES)
+
+
+@pytest.mark.parametrize("asked", ["bytes=999999-", "bytes=-0", f"bytes={'9' * 50}-"])
+def test_a_part_beyond_the_end_is_refused(large: str, asked: str) -> None:
+    answer = httpx.get(large, headers={"range": asked})
     assert answer.status_code == 416
     assert answer.headers["content-range"] == f"bytes */{len(BYTES)}"
+
+
+def test_a_folder_is_the_same_with_a_slash_behind_it(address: str) -> None:
+    """As other clients of WebDAV ask for it: every name in the list leads to what it names."""
+    for depth in ("1", "infinity"):
+        plain, slash = (
+            httpx.request("PROPFIND", f"{address}/caches/main{end}", headers={"depth": depth}).text for end in ("", "/")
+        )
+        assert plain == slash
 
 
 def test_a_token_is_sent_but_never_in_clear_over_a_network(small_lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
