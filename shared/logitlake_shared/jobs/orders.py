@@ -50,8 +50,11 @@ def pause(store: JobStore, job: Job) -> Job:
 
 def resume(store: JobStore, job: Job) -> Job:
     """Has a paused job go on; one that goes on anyway is left alone. Raises `JobStateError` once it ended."""
-    if job.state is JobState.PAUSED:
-        return store.move(job.id, JobState.QUEUED)
+    while job.state is JobState.PAUSED:
+        try:
+            return store.move(job.id, JobState.QUEUED, only_from=frozenset({JobState.PAUSED}))
+        except JobStateError:  # somebody else resumed it in the meantime, or ended it
+            job = _again(store, job)
     if job.state in ENDED or job.state is JobState.CANCELLING:
         raise JobStateError(f"job {job.id} is {job.state}: submit the same again; what is committed is not done twice")
     if job.wish == "pause":

@@ -136,6 +136,21 @@ def test_every_order_is_right_or_refused_in_every_state(store: JobStore, state: 
         assert resume(store, paused).state is JobState.QUEUED
 
 
+@pytest.mark.parametrize("order", [pause, resume])
+def test_an_order_is_right_for_whoever_gave_it_after_somebody_else_did(store: JobStore, order: Any) -> None:
+    """Two who looked at the same time and then say the same get the same: twice is fine."""
+    looked = pause(store, made(store)) if order is resume else made(store)
+    first = order(store, looked)
+    assert order(store, looked) == first
+
+
+def test_a_job_that_was_cancelled_since_somebody_looked_is_not_resumed(store: JobStore) -> None:
+    looked = pause(store, made(store))
+    cancel(store, looked)
+    with pytest.raises(JobStateError, match="submit the same again"):
+        resume(store, looked)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from([cancel, pause, resume]), max_size=6), st.lists(st.sampled_from(JobState), max_size=6))
 def test_no_sequence_of_orders_and_moves_leaves_an_end(
