@@ -370,8 +370,8 @@ async def _events(
     becomes_stream(request)
     job = await run_in_threadpool(_job, request, asking, job_id)
     if last_event_id is not None:
-        if not last_event_id.isdecimal():
-            raise Problem("invalid_request", f"header.last-event-id: expected a number, got {last_event_id!r}")
+        if not last_event_id.isdecimal() or int(last_event_id) >= 2**63:
+            raise Problem("invalid_request", f"header.last-event-id: expected an event's id, got {last_event_id!r}")
         after = int(last_event_id)
     jobs = jobs_of(request)
     if "text/event-stream" not in accept:

@@ -7,6 +7,7 @@ Each question leaves a line in the log: who, the digest of the text, rows, milli
 
 import hashlib
 import logging
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from operator import itemgetter
@@ -52,8 +53,10 @@ _COLUMNS_OF_VIEWS = " UNION ALL ".join(
     f"FROM (DESCRIBE {view})"
     for view in RELATIONS
 )
-_BY_MEDIA_TYPE = {format_.media_type: name for name, format_ in FORMATS.items()}
 _JSON = "application/json"
+# Where quality is equal and nothing else decides.
+_PREFERRED = sorted(FORMATS, key=lambda name: FORMATS[name].media_type != _JSON)
+_QUALITY = re.compile(r"q=(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)")
 
 
 class Question(BaseModel):
@@ -69,7 +72,7 @@ class Question(BaseModel):
     """caches to look at; default: all that the token covers"""
     snapshot: dict[str, int] = Field(default={}, examples=[{"main": 1}])
     """the snapshot of a cache, by its name; default: the newest"""
-    timeout_ms: int | None = Field(default=None, gt=0, examples=[10_000])
+    timeout_ms: int | None = Field(default=None, gt=0, lt=2**63, examples=[10_000])
     """how long it may take, to the last byte that is read"""
     max_rows: int | None = Field(default=None, gt=0, examples=[1_000])
     """rows of the answer; what is cut short says so"""
@@ -241,14 +244,25 @@ def schema(request: Request, asking: Asking) -> list[ViewDocument]:
 
 
 def format_of(accept: str) -> str:
-    """The first format that is accepted, JSON where anything is. Raises `Problem` `not_acceptable`."""
-    for part in accept.split(","):
-        media_type = part.partition(";")[0].strip().lower()
-        if media_type in ("*/*", "application/*", ""):
-            return _BY_MEDIA_TYPE[_JSON]
-        if media_type in _BY_MEDIA_TYPE:
-            return _BY_MEDIA_TYPE[media_type]
-    raise Problem("not_acceptable", f"answers are {', '.join(_BY_MEDIA_TYPE)}")
+    """The format that is accepted best (RFC 9110, 12.5.1): of equals the first that is named, JSON where anything is.
+
+    Raises `Problem` `not_acceptable`.
+    """
+    accepted: dict[str, tuple[float, int]] = {}
+    for place, part in enumerate(accept.lower().split(",")):
+        media_range, *parameters = (piece.strip() for piece in part.split(";"))
+        found = [quality[1] for text in parameters if (quality := _QUALITY.fullmatch(text))]
+        accepted.setdefault(media_range or "*/*", (float(found[0]) if found else 1.0, -place))
+
+    def rank(name: str) -> tuple[float, int]:
+        media_type = FORMATS[name].media_type
+        ranges = (media_type, f"{media_type.partition('/')[0]}/*", "*/*")
+        return next((accepted[one] for one in ranges if one in accepted), (0.0, 0))
+
+    best = max(_PREFERRED, key=rank)
+    if not rank(best)[0]:
+        raise Problem("not_acceptable", f"answers are {', '.join(format_.media_type for format_ in FORMATS.values())}")
+    return best
 
 
 def caches_asked(lake: Lake, asking: Principal, wanted: list[str] | None) -> tuple[str, ...] | None:

@@ -103,6 +103,10 @@ def test_events_come_once_and_in_order_by_both_roads(api: Api, capture: Callable
                     break  # the connection is cut
     polled = client.get(f"/v1/jobs/{job}/events").json()
     assert polled["ended"]
+    for number in ("9223372036854775808", "9" * 20, "-1", "x"):  # no event has it
+        for accept in ("text/event-stream", "application/json"):
+            answer = client.get(f"/v1/jobs/{job}/events", headers={"Accept": accept, "Last-Event-ID": number})
+            assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
     assert [(event["id"], event["event"]) for event in polled["data"]] == [event[:2] for event in streamed]
     assert streamed[-1][2]["to"] == "succeeded"
 

@@ -20,9 +20,11 @@ from tests.served import served
 from logitlake_shared.catalog import open_catalog
 from logitlake_shared.catalog.column_docs import COLUMN_DOCS
 from logitlake_shared.sql_service.formats import FORMATS
+from logitlake_shared.web.problems import Problem
 from logitlake_shared.web.tokens import TokenStore
 from logitlake_teacher.api.app import teacher_app
 from logitlake_teacher.api.pages import FileFormat
+from logitlake_teacher.api.sql import format_of
 from logitlake_teacher.config.serve import ServeConfig
 
 __all__ = ["collector"]
@@ -82,6 +84,7 @@ def test_parameters_and_snapshots_are_taken(client: httpx.Client) -> None:
         ("SELEC 1", {}, 422, "query_failed"),
         (ENDLESS, {"timeout_ms": 300}, 504, "timeout"),
         ("SELECT 1", {"timeout_ms": 10**9}, 422, "query_failed"),
+        ("SELECT 1", {"timeout_ms": 10**400}, 422, "invalid_request"),
         ("SELECT 1", {"snapshot": {"grid": 99}}, 500, "lake_unusable"),
         ("SELECT 1", {"caches": ["nope"]}, 404, "not_found"),
         ("SELECT 1", {"caches": []}, 404, "not_found"),
@@ -100,6 +103,31 @@ def test_what_is_not_answered_is_explained(
 def test_another_format_is_not_acceptable(client: httpx.Client) -> None:
     assert ask(client, "SELECT 1", "text/html").status_code == 406
     assert ask(client, "SELECT 1", "text/html, */*;q=0.1").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("text/csv, application/json", "text/csv"),
+        ("application/json, text/csv", "application/json"),
+        ("application/json;q=0.1, text/csv", "text/csv"),
+        ("text/csv;q=0, */*", "application/json"),
+        ("*/*;q=0.5, text/csv;q=0.4", "application/json"),
+        ("application/json;q=0.000, application/*, text/*;q=0.1", "application/vnd.apache.arrow.stream"),
+        ("text/*", "text/csv"),
+        ("TEXT/CSV; charset=utf-8; Q=1.0", "text/csv"),
+        ("text/csv;q=0", None),
+        ("*/*;q=0", None),
+        ("image/png, text/html", None),
+    ],
+)
+def test_the_format_is_the_one_that_is_accepted_best(accept: str, expected: str | None) -> None:
+    """And one whose quality is 0 is none."""
+    if expected is None:
+        with pytest.raises(Problem, match="answers are"):
+            format_of(accept)
+    else:
+        assert FORMATS[format_of(accept)].media_type == expected
 
 
 def test_what_is_cut_short_says_so(client: httpx.Client) -> None:
