@@ -4,6 +4,7 @@ On SIGTERM or Ctrl-C `/readyz` turns to 503 at once, so that nobody sends more; 
 end; then the process ends. A second signal ends it at once.
 """
 
+import asyncio
 import socket
 from types import FrameType
 
@@ -28,8 +29,17 @@ class _Server(uvicorn.Server):
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:  # uvicorn knows a second Ctrl-C alone, and goes on waiting for connections
+            asyncio.get_running_loop().call_soon_threadsafe(self._hang_up)
         self._service.begin_ending()
         super().handle_exit(sig, frame)
+
+    def _hang_up(self) -> None:
+        """Ends what is under way."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        for task in self.server_state.tasks:
+            task.cancel()
 
 
 def serve(app: FastAPI) -> None:

@@ -54,6 +54,26 @@ def test_a_service_serves_until_it_is_asked_to_end(small_lake: Path, tmp_path: P
     assert "GET /v1/caches" in messages
 
 
+def test_a_second_signal_ends_a_service_that_waits(small_lake: Path, tmp_path: Path) -> None:
+    """For a request whose body never comes, as long as it may take."""
+    half = b"POST /v1/sql HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
+    waits = ("service.request_s=1000", "service.drain_s=1000")
+    with (
+        serving(tmp_path, *waits, lake=small_lake) as (process, url),
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=TIMEOUT_S) as connection,
+    ):
+        connection.sendall(half)
+        assert httpx.get(f"{url}/v1/caches").status_code == 200  # what came before it is being answered
+        assert process.stderr is not None
+        process.send_signal(signal.SIGTERM)
+        for line in process.stderr:
+            if json.loads(line)["message"].startswith("Waiting for connections"):
+                break
+        process.send_signal(signal.SIGTERM)
+        process.wait(TIMEOUT_S)
+    assert process.returncode in (0, -signal.SIGTERM)
+
+
 def test_whoever_never_ends_a_request_is_hung_up_on(small_lake: Path, tmp_path: Path) -> None:
     """Half of the headers: closed without a word; half of a body: a problem."""
     half = b"POST /v1/sql HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 9\r\n"
