@@ -33,6 +33,7 @@ from logitlake_shared.web.problems import (
     ProblemDocument,
     problem_of,
     problem_of_status,
+    scrubbed,
 )
 from logitlake_shared.web.sessions import OPEN_PATHS, session_routes
 from logitlake_shared.web.settings import ServiceSettings
@@ -66,8 +67,8 @@ class Service:
         """called then, from a signal handler"""
 
     def problems(self) -> dict[str, str]:
-        """What keeps the service from being ready, by the names of checks."""
-        found = {name: problem for name, check in self.checks.items() if (problem := check()) is not None}
+        """What keeps the service from being ready, by the names of checks; everybody may know it."""
+        found = {name: scrubbed(problem) for name, check in self.checks.items() if (problem := check()) is not None}
         return {"service": "it is ending"} | found if self.is_ending else found
 
     def begin_ending(self) -> None:

@@ -5,7 +5,7 @@ everything. From the first token on, who has none may do nothing. What a token d
 cache is `not_found`, never `forbidden`, so that names do not leak; `forbidden` only tells of a scope.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +15,10 @@ from starlette.requests import HTTPConnection
 
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.web.problems import Problem
-from logitlake_shared.web.sessions import COOKIE, is_from_here
+from logitlake_shared.web.sessions import COOKIE, is_from_elsewhere, is_from_here
 from logitlake_shared.web.tokens import SCOPES, Token, TokenScope, TokenStore
 
-__all__ = ["Asking", "Door", "Principal", "check_listening", "principal_of"]
+__all__ = ["Asking", "Door", "Principal", "check_listening", "principal_of", "unauthenticated"]
 
 _SAFE_METHODS = frozenset({"GET", "HEAD"})
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
@@ -30,11 +30,19 @@ class Principal:
 
     token: Token | None
     """none for this machine's own user, while the service has no tokens"""
+    tokens: TokenStore | None = field(default=None, repr=False, compare=False)
+    """those of the service"""
 
     @property
     def id(self) -> str:
         """For logs, limits and records."""
         return "local" if self.token is None else self.token.id
+
+    def is_let_in(self) -> bool:
+        """Whether they still are: a token expires, or is revoked, while an answer goes on."""
+        if self.tokens is None:
+            return True
+        return self.tokens.is_empty() if self.token is None else self.tokens.is_valid(self.token.id)
 
     def sees(self, cache: str) -> bool:
         """Whether a cache is there for them."""
@@ -61,15 +69,17 @@ class Door:
     """Lets requests in, or not."""
 
     def __init__(self, tokens: TokenStore | None, host_names: frozenset[str]) -> None:
-        self._tokens, self._host_names = tokens, host_names
+        self._tokens, self._host_names = tokens, frozenset(map(str.lower, host_names))
 
     def admit(self, connection: HTTPConnection) -> Principal:
         """Whoever asks. Raises `Problem` `misdirected` or `unauthenticated`.
 
         Without tokens the host that was asked for must be this machine: a page of somebody else's, whose name was made
-        to resolve to 127.0.0.1, is not let in.
+        to resolve to 127.0.0.1, is not let in; nor may one that says where it comes from change anything.
         """
-        host = connection.headers.get("host", "").rpartition(":")[0] or connection.headers.get("host", "")
+        asked = connection.headers.get("host", "").lower()
+        host = asked.rpartition(":")[0] or asked
+        changes = connection.scope.get("method") not in _SAFE_METHODS
         is_local = self._tokens is None or self._tokens.is_empty()
         known = self._host_names | _LOOPBACK_NAMES if is_local else self._host_names
         if (is_local or self._host_names) and host not in known:
@@ -77,17 +87,28 @@ class Door:
                 "misdirected", f"this service does not answer to {host!r}; `host_names` lists what it does to"
             )
         if is_local:
-            return Principal(None)
+            if changes and is_from_elsewhere(connection):
+                raise _other_site()
+            return Principal(None, self._tokens)
         assert self._tokens is not None
         kind, _, text = connection.headers.get("authorization", "").partition(" ")
         if not kind and (text := connection.cookies.get(COOKIE, "")):
-            if connection.scope.get("method") not in _SAFE_METHODS and not is_from_here(connection):
-                raise Problem("forbidden", "a page of another site made this request")
+            if changes and not is_from_here(connection):
+                raise _other_site()
             kind = "bearer"
         token = self._tokens.find(text.strip()) if kind.lower() == "bearer" else None
         if token is None:
-            raise Problem("unauthenticated", "no valid token was sent", headers={"WWW-Authenticate": "Bearer"})
-        return Principal(token)
+            raise unauthenticated()
+        return Principal(token, self._tokens)
+
+
+def unauthenticated() -> Problem:
+    """The answer to whoever has no valid token, or has none any more."""
+    return Problem("unauthenticated", "no valid token was sent", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _other_site() -> Problem:
+    return Problem("forbidden", "a page of another site made this request")
 
 
 def principal_of(request: HTTPConnection) -> Principal:

@@ -29,7 +29,7 @@ from logitlake_shared.jobs.store import JobStore
 from logitlake_shared.jobs.supervisor import Supervisor
 from logitlake_shared.web.app import Service
 from logitlake_shared.web.cursors import Cursor, Limit, Page, decode_cursor, encode_cursor
-from logitlake_shared.web.doors import Asking, Principal
+from logitlake_shared.web.doors import Asking, Principal, unauthenticated
 from logitlake_shared.web.feed import Feed
 from logitlake_shared.web.job_edits import JobEdit, Labels, Name, check_unchanged, etag
 from logitlake_shared.web.job_figures import CountsFigure, Figure
@@ -375,10 +375,13 @@ async def _events(
         after = int(last_event_id)
     jobs = jobs_of(request)
     if "text/event-stream" not in accept:
-        return JSONResponse((await _some_events(jobs, job, after, wait)).model_dump(mode="json"))
+        found = await _some_events(jobs, job, after, wait)
+        if not asking.is_let_in():
+            raise unauthenticated()
+        return JSONResponse(found.model_dump(mode="json"))
     if job.state in ENDED and after >= job.last_event:
         return Response(status_code=204)  # a browser's EventSource stops asking
-    return StreamingResponse(_stream(jobs, job, after), media_type="text/event-stream")
+    return StreamingResponse(_stream(jobs, asking, job, after), media_type="text/event-stream")
 
 
 async def _some_events(jobs: Jobs, job: Job, after: int, wait_s: float) -> Events:
@@ -390,10 +393,12 @@ async def _some_events(jobs: Jobs, job: Job, after: int, wait_s: float) -> Event
     return Events(data=[_safe(event) for event in found], next_after=last, ended=_are_last(job, found, last))
 
 
-async def _stream(jobs: Jobs, job: Job, after: int) -> AsyncGenerator[bytes]:
+async def _stream(jobs: Jobs, asking: Principal, job: Job, after: int) -> AsyncGenerator[bytes]:
     yield format_sse_event(retry=_RETRY_MS)
     async with aclosing(jobs.feed.follow(job.id, after, _HEARTBEAT_S)) as follow:
         async for events in follow:
+            if not asking.is_let_in():
+                return
             yield b"".join(map(_as_sse, events)) or KEEPALIVE_COMMENT
             if _are_last(job, events, events[-1].id if events else after):
                 return

@@ -8,7 +8,6 @@ that changes something and comes with the cookie must come from a page of this s
 from functools import partial
 from importlib.resources import files
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Form, Query, Request
 from starlette.requests import HTTPConnection
@@ -17,7 +16,7 @@ from starlette.responses import FileResponse, RedirectResponse, Response
 from logitlake_shared.web.html import SCRIPT, render
 from logitlake_shared.web.tokens import TokenStore
 
-__all__ = ["COOKIE", "OPEN_PATHS", "is_from_here", "session_routes"]
+__all__ = ["COOKIE", "OPEN_PATHS", "is_from_elsewhere", "is_from_here", "session_routes"]
 
 COOKIE = "logitlake_token"
 _STATIC = {
@@ -30,11 +29,20 @@ _WEEK_S = 7 * 86400
 
 def is_from_here(connection: HTTPConnection) -> bool:
     """Whether a browser says that one of this service's own pages made the request."""
+    return _is_own(connection) is True
+
+
+def is_from_elsewhere(connection: HTTPConnection) -> bool:
+    """Whether a browser says that a page of another site made the request. What is no browser says nothing."""
+    return _is_own(connection) is False
+
+
+def _is_own(connection: HTTPConnection) -> bool | None:
     site = connection.headers.get("sec-fetch-site")
     if site is not None:
         return site in ("same-origin", "none")
-    origin = connection.headers.get("origin")
-    return origin is not None and urlsplit(origin).netloc == connection.headers.get("host")
+    origin, host = connection.headers.get("origin"), connection.headers.get("host")
+    return None if origin is None else bool(host) and origin.partition("://")[2] == host
 
 
 def session_routes(tokens: TokenStore | None) -> APIRouter:

@@ -16,6 +16,7 @@ import sqlite3
 import threading
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -41,6 +42,9 @@ CREATE TABLE IF NOT EXISTS tokens (
 _COLUMNS = "id, name, scope, caches, created, expires, revoked, last_used"
 # When a token was last used is for people: once a minute is often enough to write it down.
 _USED_EVERY_S = 60
+# Whoever makes or revokes a token waits so long for others who do.
+_PATIENCE_S = 30
+_VALID = "revoked IS NULL AND coalesce(expires, 9e99) > ?"
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,16 @@ class TokenStore:
         if parts is None or _checksum(parts[1]) != parts[2]:
             return None
         now = time.time()
-        rows = self._select("WHERE sha256 = ? AND revoked IS NULL AND coalesce(expires, 9e99) > ?", _digest(text), now)
+        rows = self._select(f"WHERE sha256 = ? AND {_VALID}", _digest(text), now)
         if not rows:
             return None
         if now - (rows[0].last_used or 0) > _USED_EVERY_S:
-            with self._connection() as connection:
-                connection.execute("UPDATE tokens SET last_used = ? WHERE id = ?", (now, rows[0].id))
+            self._note_use(rows[0].id, now)
         return rows[0]
+
+    def is_valid(self, token_id: str) -> bool:
+        """Whether the token of this id is valid now."""
+        return bool(self._select(f"WHERE id = ? AND {_VALID}", token_id, time.time()))
 
     def all(self) -> list[Token]:
         """Every token there ever was, the oldest first."""
@@ -133,6 +140,19 @@ class TokenStore:
             connection.close()
             self._local.connection = None
 
+    def _note_use(self, token_id: str, now: float) -> None:
+        """Writes down that a token was used, if that can be done at once.
+
+        A full disk, or somebody who is writing, keeps nobody out and nobody waiting.
+        """
+        connection = self._connection()
+        connection.execute("PRAGMA busy_timeout = 0")
+        try:
+            with suppress(sqlite3.OperationalError), connection:
+                connection.execute("UPDATE tokens SET last_used = ? WHERE id = ?", (now, token_id))
+        finally:
+            connection.execute(f"PRAGMA busy_timeout = {1000 * _PATIENCE_S}")
+
     def _select(self, condition: str, *values: object) -> list[Token]:
         rows = self._connection().execute(f"SELECT {_COLUMNS} FROM tokens {condition}", values).fetchall()
         return [Token(id_, name, scope, tuple(json.loads(caches)), *times) for id_, name, scope, caches, *times in rows]
@@ -140,7 +160,7 @@ class TokenStore:
     def _connection(self) -> sqlite3.Connection:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = self._local.connection = sqlite3.connect(self._path, timeout=30)
+            connection = self._local.connection = sqlite3.connect(self._path, timeout=_PATIENCE_S)
             connection.execute("PRAGMA journal_mode = WAL")
         return connection
 

@@ -4,10 +4,11 @@ import io
 import json
 import logging
 import re
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,43 @@ def test_without_tokens_only_this_machine_is_answered(service: Service) -> None:
         assert answer.status_code == 421, host
 
 
+def test_a_page_of_another_site_changes_nothing_where_there_are_no_tokens(service: Service) -> None:
+    """A browser sends its forms to 127.0.0.1, too, and says where they come from; what is no browser says nothing."""
+    _, url = service()
+    host = url.partition("://")[2]
+    for said, status in (
+        ({}, 200),
+        ({"origin": url}, 200),
+        ({"sec-fetch-site": "same-origin", "origin": "null"}, 200),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://[x"}, 403),
+        ({"sec-fetch-site": "cross-site", "origin": url}, 403),
+        ({"sec-fetch-site": "same-site"}, 403),
+    ):
+        answer = httpx.post(f"{url}/body", json={"number": 1}, headers={"host": host, **said})
+        assert answer.status_code == status, said
+        assert httpx.get(f"{url}/caches/main", headers={"host": host, **said}).status_code == 200
+
+
+def test_an_origin_that_is_none_is_another_site(service: Service, tmp_path: Path, tokens: TokenStore) -> None:
+    """Whoever logs in with it is refused as any other page would be."""
+    text, _ = tokens.create("reader", "read")
+    _, url = service(tokens=tmp_path / "tokens.sqlite")
+    for origin in ("http://[x", "null", "x", "http://evil.example"):
+        for host in (url.partition("://")[2], ""):
+            headers = {"origin": origin, "host": host}
+            answer = httpx.post(f"{url}/login", data={"token": text}, headers=headers)
+            assert (answer.status_code, answer.headers.get("set-cookie")) == (401, None), origin
+
+
+def test_a_host_is_the_same_in_large_letters(service: Service) -> None:
+    """RFC 9110, 4.2.3; in the configuration, too."""
+    _, url = service(host_names=("Lake.Example.org",))
+    for host in ("lake.example.org", "LAKE.example.ORG:8321", "LocalHost"):
+        assert httpx.get(f"{url}/caches/main", headers={"host": host}).status_code == 200, host
+
+
 def test_a_token_opens_what_it_covers(service: Service, tmp_path: Path, tokens: TokenStore) -> None:
     _, url = service(tokens=tmp_path / "tokens.sqlite")
     assert asked(url, None) == 200  # none was made yet
@@ -234,6 +272,20 @@ def test_what_is_no_token_opens_nothing(
 def test_a_token_expires(tokens: TokenStore) -> None:
     assert tokens.find(tokens.create("short", "read", expires_in_s=-1)[0]) is None
     assert tokens.find(tokens.create("long", "read", expires_in_s=60)[0]) is not None
+
+
+def test_nobody_waits_for_whoever_writes_tokens(service: Service, tmp_path: Path, tokens: TokenStore) -> None:
+    """When a token was last used is for people: it keeps nobody from coming in, and the service from nothing."""
+    text, made = tokens.create("reader", "read")
+    _, url = service(tokens=tmp_path / "tokens.sqlite")
+    with closing(sqlite3.connect(tmp_path / "tokens.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert httpx.get(f"{url}/caches/main", headers={"authorization": f"Bearer {text}"}).status_code == 200
+        assert tokens.all()[0].last_used is None
+    assert asked(url, text) == 200
+    assert tokens.all()[0].last_used is not None
+    tokens.revoke(made.id)
+    assert asked(url, text) == 401
 
 
 def test_tokens_are_kept_as_hashes_by_their_owner_alone(tokens: TokenStore, tmp_path: Path) -> None:
@@ -326,6 +378,15 @@ def test_a_service_that_ends_is_not_ready_but_answers(service: Service) -> None:
     app.state.service.is_ending = True
     assert httpx.get(f"{url}/readyz").status_code == 503
     assert httpx.get(f"{url}/livez").status_code == 200
+
+
+def test_what_keeps_a_service_from_being_ready_names_no_path_of_the_machine(service: Service) -> None:
+    """Whoever reaches it may ask, without a token."""
+    app, url = service()
+    app.state.service.checks["lake"] = lambda: "/home/somebody/lake: not a lake"
+    assert httpx.get(f"{url}/readyz").json()["problems"] == {"lake": "…/lake: not a lake"}
+    assert "not a lake" in (page := httpx.get(f"{url}/health").text)
+    assert "somebody" not in page
 
 
 def test_no_secret_is_logged_or_answered(

@@ -231,6 +231,39 @@ def test_who_does_not_see_the_cache_does_not_see_its_jobs(
     assert client.post("/v1/jobs", json=capture("main"), headers=carl | key).json()["id"] != one
 
 
+def test_events_end_with_the_token_that_opened_them(
+    api: Api, capture: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """A token that is revoked while a stream goes on, or while somebody waits, hears of nothing that happens then."""
+    tokens = TokenStore(tmp_path / "tokens.sqlite")
+    client = api(service={"tokens": tmp_path / "tokens.sqlite"})
+    (left, gone), (stays, _) = (tokens.create(who, "submit", ("main",)) for who in ("leaves", "stays"))
+    mine, other = ({"Authorization": f"Bearer {text}"} for text in (left, stays))
+    job = client.post("/v1/jobs", json=capture("main") | {"expires_in_s": 1e6}, headers=other).json()["id"]
+    last = until_quiet(client, job, other)
+    params, sse = {"after": last, "wait": 60}, {"Accept": "text/event-stream", "Last-Event-ID": str(last)}
+    with (
+        ThreadPoolExecutor(1) as pool,
+        client.stream("GET", f"/v1/jobs/{job}/events", headers=mine | sse) as streamed,
+    ):
+        lines = streamed.iter_lines()
+        assert next(lines).startswith("retry")
+        polled = pool.submit(client.get, f"/v1/jobs/{job}/events", params=params, headers=mine)
+        tokens.revoke(gone.id)
+        assert client.patch(f"/v1/jobs/{job}", json={"name": "secret"}, headers=other).status_code == 200
+        assert "secret" not in "".join(lines)
+        assert polled.result().status_code == 401
+
+
+def until_quiet(client: httpx.Client, job: str, headers: dict[str, str]) -> int:
+    """Pauses a job; the id of its last event then."""
+    client.post(f"/v1/jobs/{job}/pause", headers=headers)
+    while (now := client.get(f"/v1/jobs/{job}", headers=headers).json())["state"] != "paused":
+        client.get(f"/v1/jobs/{job}/events", params={"after": now["last_event"], "wait": 30}, headers=headers)
+    last: int = now["last_event"]
+    return last
+
+
 def test_every_route_of_a_job_is_behind_the_door(
     api: Api, capture: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
