@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from logitlake_shared.errors import ConfigError
 
-__all__ = ["absolute", "check_roots", "is_below"]
+__all__ = ["absolute", "check_roots", "expanded", "is_below"]
 
 Configured = TypeVar("Configured")
 
@@ -25,10 +25,18 @@ def absolute(value: Configured, name: str = "") -> Configured:
     elif isinstance(value, tuple):
         made = tuple(absolute(one) for one in value)
     elif _is_path(value, name):
-        path = Path(str(value)).expanduser().absolute()
+        path = expanded(str(value)).absolute()
         made = path if isinstance(value, Path) else str(path)
     result: Configured = made
     return result
+
+
+def expanded(path: Path | str) -> Path:
+    """The path with `~` or `~user` as the folder that it is. Raises `ConfigError` where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"'{path}': {error}") from None
 
 
 def is_below(address: str, allowed: Iterable[str]) -> bool:
@@ -41,7 +49,7 @@ def check_roots(config: BaseModel, roots: Sequence[Path], key: str = "") -> None
 
     `key` is what the configuration is a section of.
     """
-    resolved = [root.expanduser().resolve() for root in roots]
+    resolved = [expanded(root).resolve() for root in roots]
     for where, path in _paths(config, key):
         if not any(path.resolve().is_relative_to(root) for root in resolved):
             raise ConfigError(
@@ -57,7 +65,7 @@ def _paths(value: Any, key: str) -> Iterator[tuple[str, Path]]:
         for place, one in enumerate(value):
             yield from _paths(one, f"{key}.{place}")
     elif _is_path(value, key.rpartition(".")[2]):
-        yield key, Path(str(value)).expanduser()
+        yield key, expanded(value)
 
 
 def _is_path(value: Any, name: str) -> bool:

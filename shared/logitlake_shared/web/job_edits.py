@@ -15,7 +15,8 @@ __all__ = ["JobEdit", "Labels", "Name", "check_unchanged", "etag"]
 
 Name = Annotated[str, Field(max_length=100, examples=["nightly"])]
 Labels = Annotated[
-    dict[Annotated[str, Field(max_length=63)], Annotated[str, Field(max_length=200)]],
+    # A job is asked for by `name:value`.
+    dict[Annotated[str, Field(max_length=63, pattern="^[^:]+$")], Annotated[str, Field(max_length=200)]],
     Field(max_length=20, examples=[{"team": "vision"}]),
 ]
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -59,6 +59,20 @@ _RETRY_MS = 2000
 _LOG_BYTES = 2**20
 
 
+def _of_text(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration, whose strings are what a path and a file can hold."""
+    left: list[Any] = [config]
+    while left:
+        match left.pop():
+            case dict() as section:
+                left += [*section, *section.values()]
+            case list() as items:
+                left += items
+            case str() as text if "\0" in text or text != text.encode(errors="replace").decode():
+                raise ValueError(f"{text[:100]!r} has a NUL, or half of a surrogate pair")
+    return config
+
+
 class Submission(BaseModel):
     """Work that is to be done."""
 
@@ -66,7 +80,7 @@ class Submission(BaseModel):
 
     kind: str = Field(examples=["capture"])
     """one of the service's kinds of jobs"""
-    config: dict[str, Any] = Field(examples=[{"engine": {"type": "fake"}}])
+    config: Annotated[dict[str, Any], AfterValidator(_of_text)] = Field(examples=[{"engine": {"type": "fake"}}])
     """the configuration of the command of that name, as JSON; paths are those of the service's machine"""
     name: Name = ""
     labels: Labels = {}
@@ -271,7 +285,7 @@ def _list_jobs(
     state: JobState | None = None,
     kind: Annotated[str | None, Query(max_length=100)] = None,
     subject: Annotated[str | None, Query(max_length=200, description="the cache or run that they write")] = None,
-    label: Annotated[str | None, Query(max_length=264, pattern="^[^:]+:.*$", description="`name:value`")] = None,
+    label: Annotated[str | None, Query(max_length=264, pattern="^[^:]+:(?s:.*)$", description="`name:value`")] = None,
     created_after: Annotated[
         AwareDatetime | None, Query(description="submitted then or later", examples=["2026-11-27T00:00:00Z"])
     ] = None,

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from logitlake_schemas import layout
 from logitlake_shared.config import parse_config
-from logitlake_shared.config_paths import check_roots, is_below
+from logitlake_shared.config_paths import check_roots, expanded, is_below
 from logitlake_shared.errors import ConfigError
 from logitlake_shared.jobs.records import Job, NewJob
 from logitlake_shared.jobs.states import ENDED
@@ -95,7 +95,7 @@ def _resolve(lake_uri: str, settings: TeacherJobsSettings, submission: Submissio
 def _is_same_lake(uri: str, other: str) -> bool:
     if "://" in uri or "://" in other:
         return uri.rstrip("/") == other.rstrip("/")
-    return Path(uri).expanduser().resolve() == Path(other).expanduser().resolve()
+    return expanded(uri).resolve() == expanded(other).resolve()
 
 
 def _check_bounds(config: CaptureConfig | PairsConfig, settings: TeacherJobsSettings) -> None:

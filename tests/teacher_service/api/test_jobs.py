@@ -179,6 +179,8 @@ def test_a_job_that_fails_says_why_without_a_path(api: Api, capture: Callable[..
         ({"lake": {"cache": "../x"}}, "lake.cache"),
         ({"engine": {"type": "fake", "trust_remote_code": True}}, "trust_remote_code"),
         ({"codecs": {}}, "codecs"),
+        ({"teacher": {"model_dir": "~nobody-of-this-name/model"}}, "~nobody-of-this-name"),
+        ({"lake": {"cache": "main", "uri": "~nobody-of-this-name/lake"}}, "~nobody-of-this-name"),
     ],
 )
 def test_a_job_out_of_bounds_is_refused_before_it_is_one(
@@ -192,6 +194,46 @@ def test_a_job_out_of_bounds_is_refused_before_it_is_one(
     assert (answer.status_code, answer.json()["code"]) == (422, "config_invalid")
     assert said in answer.json()["detail"]
     assert client.get("/v1/jobs").json()["data"] == []
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800", "é\udfff"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda text: {"teacher": {"model_dir": text}},
+        lambda text: {"lake": {"cache": "main", "uri": text}},
+        lambda text: {"plan": {"folder": text}},
+        lambda text: {"data": [{"type": "llava", "path": text, "image_root": "/"}]},
+        lambda text: {"data": [{"type": "llava", "path": "/", "image_root": text}]},
+        lambda text: {"engine": {"type": "fake", text: 1}},
+    ],
+)
+def test_text_that_no_file_holds_is_refused(
+    api: Api, capture: Callable[..., dict[str, Any]], text: str, place: Callable[[str], dict[str, Any]]
+) -> None:
+    """Wherever in a configuration: NUL, and half of a character."""
+    client = api()
+    body, headers = json.dumps(capture(**place(text))), {"Content-Type": "application/json"}
+    for path in ("/v1/jobs", "/v1/plans"):
+        answer = client.post(path, content=body, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), answer.text
+        assert answer.json()["errors"][0]["pointer"] == "/body/config"
+
+
+def test_a_job_is_found_by_each_label_that_it_may_have(api: Api, capture: Callable[..., dict[str, Any]]) -> None:
+    """In lists of the API and on the page; a name with a colon would be another one's value."""
+    client = api()
+    labels = {"team": "a:b", "note": "two\nlines", "empty": "", "\n": "\x1b[31m", "é": "ü"}
+    job = client.post("/v1/jobs", json=capture() | {"labels": labels}).json()["id"]
+    client.post("/v1/jobs", json=capture())
+    for name, value in labels.items():
+        params = {"label": f"{name}:{value}"}
+        assert [found["id"] for found in client.get("/v1/jobs", params=params).json()["data"]] == [job], name
+        assert f"/jobs/{job}" in client.get("/jobs", params=params).text
+    for name in ("a:b", ":", ""):
+        assert client.post("/v1/jobs", json=capture() | {"labels": {name: "x"}}).json()["code"] == "invalid_request"
+        assert client.patch(f"/v1/jobs/{job}", json={"labels": {name: "x"}}).status_code == 422
+    assert client.get(f"/v1/jobs/{job}").json()["labels"] == labels
 
 
 def test_a_store_that_the_operator_allows_may_be_named(api: Api, capture: Callable[..., dict[str, Any]]) -> None:
