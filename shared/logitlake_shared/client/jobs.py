@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
 from logitlake_shared.client.transport import Transport
 from logitlake_shared.errors import ServiceError
@@ -12,6 +13,11 @@ __all__ = ["ENDED", "Jobs"]
 
 ENDED = frozenset({"succeeded", "failed", "cancelled", "expired"})
 _WAIT_S = 20.0
+
+
+def _path(job_id: str) -> str:
+    """Of a job: whatever its id is, nothing else is asked for."""
+    return f"/v1/jobs/{quote(job_id, safe='')}"
 
 
 class Jobs:
@@ -51,7 +57,7 @@ class Jobs:
 
     def get(self, job_id: str) -> dict[str, Any]:
         """A job as it is now."""
-        job: dict[str, Any] = self._transport.get(f"/v1/jobs/{job_id}")
+        job: dict[str, Any] = self._transport.get(_path(job_id))
         return job
 
     def edit(
@@ -69,13 +75,13 @@ class Jobs:
         """
         wanted = {"name": name, "labels": None if labels is None else dict(labels)}
         body = {key: value for key, value in wanted.items() if value is not None}
-        job: dict[str, Any] = self._transport.patch(f"/v1/jobs/{job_id}", body, tag=tag)
+        job: dict[str, Any] = self._transport.patch(_path(job_id), body, tag=tag)
         return job
 
     def events(self, job_id: str, after: int = 0) -> Iterator[dict[str, Any]]:
         """A job's events after the event `after`, as they come, until it ended; each once, through whatever breaks."""
         while True:
-            some = self._transport.get(f"/v1/jobs/{job_id}/events", after=after, wait=_WAIT_S)
+            some = self._transport.get(f"{_path(job_id)}/events", after=after, wait=_WAIT_S)
             yield from some["data"]
             after = some["next_after"]
             if some["ended"]:
@@ -84,7 +90,7 @@ class Jobs:
     def stream(self, job_id: str, after: int = 0) -> Iterator[dict[str, Any]]:
         """The same by Server-Sent Events: without delay, and without coming again where the connection breaks."""
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
-        with self._transport.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers, timeout=60.0) as answer:
+        with self._transport.stream("GET", f"{_path(job_id)}/events", headers=headers, timeout=60.0) as answer:
             event: dict[str, str] = {}
             for line in answer.iter_lines():
                 if line:
@@ -110,7 +116,7 @@ class Jobs:
 
     def logs(self, job_id: str, *, tail: int = 200, attempt: int | None = None) -> str:
         """The last lines that an attempt wrote; default: the newest attempt."""
-        return self._transport.get_bytes(f"/v1/jobs/{job_id}/logs", tail=tail, attempt=attempt).decode()
+        return self._transport.get_bytes(f"{_path(job_id)}/logs", tail=tail, attempt=attempt).decode()
 
     def cancel(self, job_id: str, *, now: bool = False) -> dict[str, Any]:
         """Ends a job; `now` without finishing what is under way. What is committed stays."""
@@ -125,5 +131,5 @@ class Jobs:
         return self._order(job_id, "resume")
 
     def _order(self, job_id: str, order: str, body: Any = None) -> dict[str, Any]:
-        job: dict[str, Any] = self._transport.post(f"/v1/jobs/{job_id}/{order}", body)
+        job: dict[str, Any] = self._transport.post(f"{_path(job_id)}/{order}", body)
         return job

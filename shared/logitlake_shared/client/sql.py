@@ -40,17 +40,21 @@ class SqlAnswer:
         try:
             # Buffered, because Arrow takes a short read for the end.
             self._reader = pa.ipc.open_stream(io.BufferedReader(_Body(answer), _PIECE))
+            self.schema: pa.Schema = self._reader.schema.remove_metadata()
+            metadata = {key.decode(): value.decode() for key, value in (self._reader.schema.metadata or {}).items()}
+            self.query_id = metadata["logitlake.query_id"]
+            """its id in the service's log"""
+            self.snapshot: dict[str, int] = json.loads(metadata["logitlake.snapshot"])
+            """of each cache, the snapshot that was asked"""
         except BaseException as error:
             self._close(error)
             if isinstance(error, pa.ArrowInvalid | OSError):
                 raise _broken(error) from error
+            if isinstance(error, KeyError | ValueError):
+                raise ServiceError(
+                    f"{transport.address}: an answer in Arrow that is none of a LogitLake service"
+                ) from error
             raise
-        self.schema: pa.Schema = self._reader.schema.remove_metadata()
-        metadata = {key.decode(): value.decode() for key, value in (self._reader.schema.metadata or {}).items()}
-        self.query_id = metadata["logitlake.query_id"]
-        """its id in the service's log"""
-        self.snapshot: dict[str, int] = json.loads(metadata["logitlake.snapshot"])
-        """of each cache, the snapshot that was asked"""
 
     def __enter__(self) -> "SqlAnswer":
         return self

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 try:
     import httpx
@@ -34,6 +35,12 @@ class Transport:
         self.address = address.rstrip("/")
         if not self.address.startswith(("http://", "https://")):
             raise ConfigError(f"{address!r}: not the address of a service, expected http(s)://host:port")
+        if "@" in self.address:  # it would be in every message
+            raise ConfigError("the address of a service holds no user and no password; what opens it is a token")
+        try:
+            urlsplit(self.address)
+        except ValueError as error:
+            raise ConfigError(f"{address!r}: not the address of a service: {error}") from None
         self._patience_s = patience_s
         headers = {"Accept": "application/json"} | token_headers(self.address, token)
         # No environment: a proxy or a .netrc that happens to be there is not asked, and gets no token.
@@ -70,6 +77,8 @@ class Transport:
         cursor = None
         while True:
             page = self.get(path, limit=_PAGE, cursor=cursor, **params)
+            if not isinstance(page, dict) or not {"data", "has_more", "next_cursor"} <= page.keys():
+                raise ServiceError(f"{self.address}{path}: answers with no page of a list; is it a LogitLake service?")
             yield from page["data"]
             if not page["has_more"]:
                 return

@@ -4,7 +4,9 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import pyarrow as pa
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -265,6 +267,46 @@ def test_what_is_no_answer_of_a_service_is_an_error_of_the_tree(answer: Response
             client.cache("main")
         with pytest.raises(ServiceError):
             client.sql("SELECT 1").arrow()
+
+
+def test_a_document_of_another_program_is_an_error_of_the_tree() -> None:
+    """JSON that is no list, Arrow that is no answer to a question."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, pa.schema([("a", pa.int64())])):
+        pass
+    arrow = Response(sink.getvalue().to_pybytes())
+    routes = [Route("/v1/sql", lambda _: arrow, methods=["POST"]), Route("/{path:path}", lambda _: JSONResponse([{}]))]
+    with served(Starlette(routes=routes)) as url, logitlake.Client(url, patience_s=1) as client:
+        for ask in (lambda: list(client.caches()), lambda: client.sql("SELECT 1")):
+            with pytest.raises(ServiceError, match="LogitLake service"):
+                ask()
+
+
+@pytest.mark.parametrize("job", ["../../login?x#y", "a/b", "a b", "%2e%2e", "é"])
+def test_the_id_of_a_job_is_one_part_of_a_path(job: str) -> None:
+    """Whatever somebody takes for an id, nothing else is asked for with it, and nothing else is ordered."""
+    asked: list[tuple[str, str]] = []
+
+    def answer(request: Request) -> Response:
+        asked.append((request.url.query, request.scope["raw_path"].decode()))
+        return JSONResponse({})
+
+    app = Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST", "PATCH"])])
+    with served(app) as url, logitlake.Client(url) as client:
+        client.jobs.get(job)
+        client.jobs.edit(job, name="x")
+        client.jobs.logs(job)
+        client.jobs.cancel(job)
+    here = f"/v1/jobs/{quote(job, safe='')}"
+    assert asked == [("", here), ("", here), ("tail=200", f"{here}/logs"), ("", f"{here}/cancel")]
+
+
+@pytest.mark.parametrize("address", ["http://ada:s3cret@127.0.0.1:9", "https://s3cret@lake.example.org", "http://[x"])
+def test_an_address_that_is_none_or_tells_a_secret_is_refused(address: str) -> None:
+    """It would be in every message of an error."""
+    with pytest.raises(ConfigError, match="address of a service") as refused:
+        logitlake.Client(address)
+    assert "s3cret" not in str(refused.value)
 
 
 def test_a_question_to_a_busy_service_is_asked_again() -> None:
