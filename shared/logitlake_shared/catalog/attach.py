@@ -161,7 +161,7 @@ def _is_whole(path: Path, entry: ShardEntry) -> bool:
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """While nobody else copies into the folder. The lock goes with its process, however that ends."""
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:
         if not try_lock(file):
             raise ConfigError(f"{folder}: another process copies into it; wait for it, or name another folder")
         yield

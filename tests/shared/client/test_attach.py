@@ -277,6 +277,15 @@ def test_a_catalog_writes_nowhere_but_where_shards_are(published: Path, tmp_path
     assert "'../../outside.parquet', which is no file of cache 'pairs'" in done.err
 
 
+def test_a_lock_that_leads_elsewhere_empties_nothing(published: Path, tmp_path: Path, run_command: Command) -> None:
+    """The folder of a copy may be one that others write to, and `.lock` in it a link to a file of ours."""
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "ours").write_text("kept")
+    (tmp_path / "copy" / ".lock").symlink_to(tmp_path / "ours")
+    assert run_command("logitlake", "attach", published, "--to", tmp_path / "copy").code == 0
+    assert (tmp_path / "ours").read_text() == "kept"
+
+
 @pytest.mark.parametrize("table", ["about", "shards"])
 def test_a_catalog_asks_nothing_of_this_machine(
     published: Path, tmp_path: Path, run_command: Command, table: str
