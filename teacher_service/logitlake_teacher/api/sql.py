@@ -167,9 +167,14 @@ def questions_of(request: Request) -> SqlQuestions:
 
 def request_of(request: Request, asking: Principal, question: Question) -> SqlRequest:
     """What a question is to the pool. Raises `Problem` for a cache that is not theirs."""
+    lake: Lake = request.app.state.lake
+    caches = caches_asked(lake, asking, question.caches)
+    for name in question.snapshot:
+        if not (lake.has_cache(name) if caches is None else name in caches):
+            raise Problem("not_found", f"snapshot: no cache {name!r} among those that are asked")
     return SqlRequest(
         question.sql,
-        caches=caches_asked(request.app.state.lake, asking, question.caches),
+        caches=caches,
         params=question.params,
         snapshot=question.snapshot,
         timeout_s=None if question.timeout_ms is None else question.timeout_ms / 1000,
