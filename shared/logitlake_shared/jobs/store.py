@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,12 @@ class JobStore:
                 parts.append(f"{column} ?")
                 values.append(str(value))
         if label is not None:
-            parts.append("id IN (SELECT job FROM labels WHERE name = ? AND value = ?)")
-            values += label
+            # A name may have colons, as a value may: what reads the same is meant.
+            words = ":".join(label).split(":")
+            pairs = [(":".join(words[:place]), ":".join(words[place:])) for place in range(1, len(words))]
+            is_one = " OR ".join(["(name = ? AND value = ?)"] * len(pairs))
+            parts.append(f"id IN (SELECT job FROM labels WHERE {is_one})")
+            values += chain.from_iterable(pairs)
         if sees is not None:
             self._connection().create_function("sees", 1, sees)
             parts.append("sees(subject)")

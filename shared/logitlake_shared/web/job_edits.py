@@ -15,8 +15,7 @@ __all__ = ["JobEdit", "Labels", "Name", "check_unchanged", "etag"]
 
 Name = Annotated[str, Field(max_length=100, examples=["nightly"])]
 Labels = Annotated[
-    # A job is asked for by `name:value`.
-    dict[Annotated[str, Field(max_length=63, pattern="^[^:]+$")], Annotated[str, Field(max_length=200)]],
+    dict[Annotated[str, Field(max_length=63)], Annotated[str, Field(max_length=200)]],
     Field(max_length=20, examples=[{"team": "vision"}]),
 ]
 

@@ -285,7 +285,7 @@ def _list_jobs(
     state: JobState | None = None,
     kind: Annotated[str | None, Query(max_length=100)] = None,
     subject: Annotated[str | None, Query(max_length=200, description="the cache or run that they write")] = None,
-    label: Annotated[str | None, Query(max_length=264, pattern=r"^[^:]+:[\s\S]*$", description="`name:value`")] = None,
+    label: Annotated[str | None, Query(max_length=264, pattern=":", description="`name:value`")] = None,
     created_after: Annotated[
         AwareDatetime | None, Query(description="submitted then or later", examples=["2026-11-27T00:00:00Z"])
     ] = None,
