@@ -8,6 +8,7 @@
     │   ├── LakeFormatError               a document or shard of another format, or not a lake at all
     │   ├── LakeCorruptError              bytes that are not the bytes that were committed
     │   ├── LakeConflictError             somebody else committed something different
+    │   ├── NotInLakeError                a cache or a snapshot that is not there
     │   ├── FingerprintMismatchError      two things that do not belong together
     │   └── QueryError (ValueError)       a SQL question that cannot be answered
     │       ├── QueryRefusedError         the gate does not let it through
@@ -49,6 +50,7 @@ __all__ = [
     "LakeFormatError",
     "LogitLakeError",
     "MemoryExhaustedError",
+    "NotInLakeError",
     "QueryBusyError",
     "QueryCancelledError",
     "QueryCrashedError",
@@ -96,6 +98,10 @@ class LakeCorruptError(LakeError):
 
 class LakeConflictError(LakeError):
     """Another publisher committed something different under the same name."""
+
+
+class NotInLakeError(LakeError):
+    """A cache or a snapshot that somebody named, and that is not there."""
 
 
 class FingerprintMismatchError(LakeError):

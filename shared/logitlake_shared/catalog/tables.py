@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from logitlake_schemas import FORMAT_VERSION, CommitRecord, ShardEntry, Snapshot, layout, sha256_hex
 from logitlake_shared.cache_figures import cache_figures
-from logitlake_shared.errors import LakeError
+from logitlake_shared.errors import LakeError, NotInLakeError
 from logitlake_shared.lake import Cache, Lake
 
 __all__ = [
@@ -129,7 +129,7 @@ def pin(lake: Lake, caches: Sequence[str] | None = None, snapshots: Mapping[str,
     """Every cache that has a snapshot, by name, at its newest or at the one that `snapshots` says.
 
     `caches` names the only ones that are looked at; no message then names another. Raises `LakeError` when none has a
-    snapshot, or one has not the one that is asked for.
+    snapshot, `NotInLakeError` when one has not the one that is asked for, or is not there.
     """
     wanted = dict(snapshots or {})
     pinned = []
@@ -141,7 +141,9 @@ def pin(lake: Lake, caches: Sequence[str] | None = None, snapshots: Mapping[str,
             path = layout.snapshot_path(name, number)
             if path not in paths:
                 newest = layout.snapshot_number(paths[-1]) if paths else "none yet"
-                raise LakeError(f"{lake.store.uri}: cache {name!r} has no snapshot {number}; its newest is {newest}")
+                raise NotInLakeError(
+                    f"{lake.store.uri}: cache {name!r} has no snapshot {number}; its newest is {newest}"
+                )
             paths = [path]
         if paths:
             data = lake.store.get(paths[-1])
@@ -160,7 +162,7 @@ def pin(lake: Lake, caches: Sequence[str] | None = None, snapshots: Mapping[str,
 def _known_cache(lake: Lake, name: str, caches: Sequence[str] | None) -> Cache:
     """The cache; the message for an unknown one does not name those that the caller may not know of."""
     if caches is not None and not lake.has_cache(name):
-        raise LakeError(f"{lake.store.uri}: no cache {name!r}")
+        raise NotInLakeError(f"{lake.store.uri}: no cache {name!r}")
     return lake.cache(name)
 
 

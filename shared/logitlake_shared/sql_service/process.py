@@ -52,6 +52,7 @@ _RAISED = frozenset(
         "LakeError",
         "LakeFormatError",
         "FingerprintMismatchError",
+        "NotInLakeError",
         "QueryCrashedError",
         "QueryError",
         "QueryMemoryError",

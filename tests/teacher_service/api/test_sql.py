@@ -85,7 +85,7 @@ def test_parameters_and_snapshots_are_taken(client: httpx.Client) -> None:
         (ENDLESS, {"timeout_ms": 300}, 504, "timeout"),
         ("SELECT 1", {"timeout_ms": 10**9}, 422, "query_failed"),
         ("SELECT 1", {"timeout_ms": 10**400}, 422, "invalid_request"),
-        ("SELECT 1", {"snapshot": {"grid": 99}}, 500, "lake_unusable"),
+        ("SELECT 1", {"snapshot": {"grid": 99}}, 404, "not_found"),
         ("SELECT 1", {"snapshot": {"nope": 1}}, 404, "not_found"),
         ("SELECT 1", {"caches": ["grid"], "snapshot": {"nope": 1}}, 404, "not_found"),
         ("SELECT 1", {"caches": ["nope"]}, 404, "not_found"),
