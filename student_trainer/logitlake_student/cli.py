@@ -66,7 +66,9 @@ def train(config: "TrainConfig", ray_workers: int | None, max_failures: int) -> 
                 f"{figures['params_total']:,} parameters trained, {run.model}"
             )
     except RunStopped as stopped:
-        click.echo(f"{config.output}: stopped by {stopped}; run the same command to go on", err=True)
+        if is_first_rank():
+            click.echo(f"{config.output}: stopped by {stopped}; run the same command to go on", err=True)
+        leave_ranks()
         sys.exit(stopped.exit_code)
     say(result=result)
     leave_ranks()

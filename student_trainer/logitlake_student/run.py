@@ -142,7 +142,6 @@ def train_run(config: TrainConfig) -> Iterator[tuple[StageRun, dict[str, Any] | 
         steps = StepsTold(runs)
         for run in runs:
             if not run.is_done():
-                stop.check()
                 yield run, _train_stage(config, run, steps, stop)
                 continue
             if is_first_rank():
@@ -177,6 +176,7 @@ def _train_stage(config: TrainConfig, run: StageRun, steps: "StepsTold", stop: S
     stage = run.stage
     micro_batches(stage, world_size())
     join_ranks(config.device, config.rank_timeout_s)
+    stop.check()
     with first_rank_first():
         start_dir = starting_checkpoint(config, run)
     model = starting_model(config, run, start_dir)

@@ -1,7 +1,8 @@
 """SIGTERM while a stage trains: the step under way is finished, a checkpoint is written, and the run ends.
 
-So a job that is paused, or a node that is taken back, costs one step and not those since the last checkpoint. Of one
-process alone: several ranks would have to agree on the step, and their launcher starts them again from a checkpoint.
+So a job that is paused, or a node that is taken back, costs one step and not those since the last checkpoint. Several
+ranks end together, whichever of them heard it: a rank alone could neither finish a step nor write a checkpoint. In a
+step they agree by a sum that is taken anyway, so it costs nothing.
 """
 
 import signal
@@ -20,28 +21,40 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.is_made = False
+        """whether it came to this rank"""
 
     def check(self) -> None:
-        """Raises `RunStopped` if it is."""
-        if self.is_made:
+        """Raises `RunStopped` if it came to any rank, on all of them; each has to call it, and waits for the others."""
+        import torch
+
+        from logitlake_student.objectives.sums import sum_over_ranks
+
+        if sum_over_ranks({"stops": torch.tensor(float(self.is_made))})["stops"]:
             raise RunStopped("SIGTERM")
 
 
 @contextmanager
 def stop_on_sigterm() -> Iterator[StopRequest]:
-    """The request that SIGTERM makes within the block. It never comes to a rank of several, nor outside the main
-    thread, where Python hears no signals."""
+    """The request that SIGTERM makes within the block. It never comes outside the main thread, where Python hears no
+    signals."""
     request = StopRequest()
-    if world_size() > 1 or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
     def on_signal(*_: object) -> None:
         request.is_made = True
-        signal.signal(signal.SIGTERM, before)  # a second one ends the process at once
+        # A second one ends the process at once. A rank may get several, from its launcher and from whoever asked the
+        # launcher; that ends ranks by SIGKILL.
+        if world_size() == 1:
+            signal.signal(signal.SIGTERM, before)
 
-    before = signal.signal(signal.SIGTERM, on_signal)
+    before = after = signal.signal(signal.SIGTERM, on_signal)
     try:
         yield request
+    except RunStopped:
+        if world_size() > 1:
+            after = signal.SIG_IGN  # the launcher asks the other ranks to end when the first has, and they are about to
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, after)

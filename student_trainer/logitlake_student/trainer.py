@@ -73,8 +73,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     With `shards`, several ranks hold a part of the student each. `advance(1, **figures)` is called after every step,
     once `meter` knows what that took.
-    Once `stop` asks for it, the step under way is the last, and its checkpoint is written. Raises `TrainingError` on a
-    loss that is not finite.
+    Once `stop` asks for it, of whichever rank, the step under way is the last, and its checkpoint is written. Raises
+    `TrainingError` on a loss that is not finite.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         device = config.device
         accumulated = micro_batches(stage, world_size())
         self._stage, self._stage_dir, self._identity, self._meter = stage, stage_dir, identity, meter
+        self._stop = stop or StopRequest()
         self._step_sums: dict[str, float] = defaultdict(float)
         self._num_summed = self._num_skipped = 0
         self._num_tokens: Tensor | None = None
@@ -147,7 +148,6 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._average = None if stage.ema_decay is None else MovingAverage(_trained(model), stage.ema_decay)
         self.add_callback(_Progress(self._step_ended, advance, self._latest, self._average))
         self.add_callback(_Bias(step, self._bias))
-        self.add_callback(_Stop(stop or StopRequest()))
         self._shown: dict[str, Any] = {}
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
@@ -214,9 +214,14 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
-        """Clips, and takes back a step that is not finite: all ranks have the same gradient and decide the same."""
+        """Clips, takes back a step that is not finite, and ends the stage with this step where that was asked for: all
+        ranks have the same gradient and the same sums, and decide the same."""
         norm: Tensor = super()._clip_grad_norm(model)
-        loss = float(sum_over_ranks({"loss": torch.tensor(self._step_sums["loss"], dtype=torch.float64)})["loss"])
+        own = {"loss": self._step_sums["loss"], "stops": float(self._stop.is_made)}
+        told = sum_over_ranks({name: torch.tensor(value, dtype=torch.float64) for name, value in own.items()})
+        loss = float(told["loss"])
+        if told["stops"]:
+            self.control.should_save = self.control.should_training_stop = True
         if torch.isfinite(norm) and math.isfinite(loss):
             for name, value in self._step_sums.items():
                 self._sums[name] += value
@@ -501,15 +506,6 @@ class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._average is not None:
             self._average.apply()
-
-
-class _Stop(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    def __init__(self, stop: StopRequest) -> None:
-        self._stop = stop
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stop.is_made:
-            control.should_save = control.should_training_stop = True
 
 
 def _trained(model: Any) -> list[tuple[str, Any]]:

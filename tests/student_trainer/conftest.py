@@ -341,10 +341,14 @@ class StudentWorld:
 
         return [run.folder for run, _ in train_run(config)][-1]
 
+    def command(self, config: Path) -> tuple[str, ...]:
+        """`logitlake-student train CONFIG`, behind `python` or `torchrun`."""
+        return "-m", "logitlake_student.cli", "train", str(config)
+
     def start(self, config: Path, *overrides: str) -> "subprocess.Popen[str]":
         """`logitlake-student train CONFIG OVERRIDES...` as a process of its own session."""
         return subprocess.Popen(
-            [sys.executable, "-m", "logitlake_student.cli", "train", str(config), *overrides],
+            [sys.executable, *self.command(config), *overrides],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

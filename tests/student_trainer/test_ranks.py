@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.student_trainer.torchrun import run_two_ranks
 
 from logitlake_shared.jobs.progress import VARIABLE, parse_lines, say
 
@@ -29,24 +30,6 @@ STAGES: list[dict[str, Any]] = [
 ]
 """With micro-batches of their own for each rank; a batch of d2d holds a sample without a picture."""
 WHOLE = [stage | {"micro_batch_size": stage.get("batch_size", 4)} for stage in STAGES]
-
-
-def train_on_two_ranks(world: Any, config: Path, *overrides: str) -> str:
-    """`torchrun` on the loopback interface, as a user would start it. Returns what it logged."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
-            *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
-            *("-m", "logitlake_student.cli", "train", str(config), *overrides),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=world.folder,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stderr
 
 
 def assert_same_steps(one: Path, other: Path, metrics_of: Metrics) -> None:
@@ -80,7 +63,7 @@ def test_two_ranks_take_the_steps_of_one_process(student_world: Any, metrics_of:
         with pytest.raises(StoppedError):
             student_world.train(begun)
     assert (student_world.output / "d2d" / "checkpoint-2").is_dir()
-    train_on_two_ranks(student_world, student_world.file(*STAGES, data_parallel=data_parallel))
+    run_two_ranks(*student_world.command(student_world.file(*STAGES, data_parallel=data_parallel)))
     assert_same_steps(alone, student_world.output, metrics_of)
 
 
@@ -92,7 +75,7 @@ def test_dropped_tokens_are_those_of_all_ranks(
     stage = {"type": "d2s", "capacity_factor": 0.5, "steps": 1, "micro_batch_size": 1}
     student_world.train(student_world.train_config(stage, output=str(student_world.folder / "one")))
     say()  # what waits
-    logs = (capsys.readouterr().err, train_on_two_ranks(student_world, student_world.file(stage)))
+    logs = (capsys.readouterr().err, run_two_ranks(*student_world.command(student_world.file(stage))))
     one, two = ([line["measured"] for line in parse_lines(log.encode())[0] if "measured" in line][-1] for log in logs)
     for name in ("tokens_dropped", "train_tokens"):
         assert one[name] == two[name] > [0]
@@ -105,7 +88,7 @@ def test_ray_workers_take_the_steps_of_one_process(student_world: Any, metrics_o
     student_world.train(student_world.train_config(*WHOLE, output=str(alone)))
     config = student_world.file(*STAGES)
     done = subprocess.run(
-        [sys.executable, "-m", "logitlake_student.cli", "train", str(config), "--ray-workers", "2"],
+        [sys.executable, *student_world.command(config), "--ray-workers", "2"],
         capture_output=True,
         text=True,
         cwd=student_world.folder,

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.student_trainer.torchrun import run_two_ranks, two_ranks
 
 from logitlake_shared.errors import ConfigError, FingerprintMismatchError, MemoryExhaustedError, TrainingError
 from logitlake_shared.lake import Lake, UnitResult
@@ -245,18 +246,7 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(
         f"sys.argv = ['logitlake-student', 'train', {str(config)!r}]\n"
         "main()\n"
     )
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
-            *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
-            str(program),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_two_ranks(str(program))
     lines = metrics_of(student_world.output / "d2d")
     assert [line.get("skipped", 0) for line in lines] == [0, 1, 1, 1, 1, 1]
     assert all(line["forward_kl"] > 0 for line in lines[2:])
@@ -327,33 +317,13 @@ def test_a_rank_that_stops_ends_the_others(student_world: Any, metrics_of: Metri
     from the checkpoint that was there, with the losses of a run that nothing happened to (C4: two ranks, then one)."""
     stage = D2D | {"steps": 100, "save_every": 2}
     config = student_world.file(stage, rank_timeout_s=RANK_TIMEOUT_S)
-    launcher = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
-            *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
-            *("-m", "logitlake_student.cli", "train", str(config)),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert launcher.stderr is not None
-    try:
-        for line in launcher.stderr:
-            if "20/100" in line:
-                break
-        ranks = subprocess.run(
-            ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True
-        ).stdout.split()
-        os.kill(int(ranks[-1]), signal.SIGSTOP)
+    with two_ranks(*student_world.command(config)) as ranks:
+        ranks.say("20/100")
+        ranks.signal_rank(1, signal.SIGSTOP)
         stopped = time.monotonic()
-        launcher.stderr.read()
-        assert launcher.wait(TIMEOUT_S) != 0
+        code, _ = ranks.end()
+        assert code != 0
         assert time.monotonic() - stopped < RANK_TIMEOUT_S + LAUNCHER_GRACE_S
-    finally:
-        os.killpg(launcher.pid, signal.SIGKILL) if launcher.poll() is None else None
-        launcher.stderr.close()
     folder = student_world.train(student_world.train_config(stage))
     assert json.loads((folder / "done.json").read_text())["figures"]["resumed_at_step"] > 0
     whole = student_world.train(student_world.train_config(stage, output=str(student_world.folder / "whole")))
