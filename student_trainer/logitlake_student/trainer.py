@@ -63,6 +63,7 @@ _TRAINABLE = "trainable.safetensors"
 _AVERAGES = "averages.safetensors"
 _EXPERT_BIAS = "expert_bias.safetensors"
 _IDENTITY = "identity.json"
+_UNTOLD = "untold.json"
 _OPTIMIZER = "optimizer.pt"
 _SCHEDULER = "scheduler.pt"
 _KEPT_CHECKPOINTS = 2
@@ -217,9 +218,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Clips, takes back a step that is not finite, and ends the stage with this step where that was asked for: all
         ranks have the same gradient and the same sums, and decide the same."""
         norm: Tensor = super()._clip_grad_norm(model)
-        own = {"loss": self._step_sums["loss"], "stops": float(self._stop.is_made)}
-        told = sum_over_ranks({name: torch.tensor(value, dtype=torch.float64) for name, value in own.items()})
-        loss = float(told["loss"])
+        told = _of_all_ranks({"loss": self._step_sums["loss"], "stops": float(self._stop.is_made)})
+        loss = told["loss"]
         if told["stops"]:
             self.control.should_save = self.control.should_training_stop = True
         if torch.isfinite(norm) and math.isfinite(loss):
@@ -257,8 +257,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if "grad_norm" not in logs:  # Trainer's closing summary
             return
         step = self.state.global_step
-        sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._sums.items()}
-        means = {name: float(value) / max(self._num_summed, 1) for name, value in sum_over_ranks(sums).items()}
+        means = {name: value / max(self._num_summed, 1) for name, value in _of_all_ranks(self._sums).items()}
         record: dict[str, Any] = {"step": step, **means}
         if self._num_skipped:
             record["skipped"] = self._num_skipped
@@ -359,10 +358,13 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             with writing_explained(self._stage_dir / name):
                 super()._save_checkpoint(model, trial)
                 building, self._staging = self._staging, None
+                untold = {"steps": self._num_summed, "sums": _of_all_ranks(self._sums)}
                 wait_for_ranks()  # each has written its random state
                 if is_first_rank():
                     sync(self._stage_dir / METRICS)  # a checkpoint never outlives the lines before it
                     (building / name / _IDENTITY).write_text(json.dumps(self._identity), encoding="utf-8")
+                    if self._num_summed:  # a stop came between two lines
+                        (building / name / _UNTOLD).write_text(json.dumps(untold), encoding="utf-8")
                     publish_folder(building / name, self._stage_dir / name)
         finally:
             self._staging = None
@@ -395,6 +397,11 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if self._bias is not None:
             _take_up(folder / _EXPERT_BIAS, {"total_LE": self._bias.total_LE})
             bias_experts(self.model.student, self._bias.at(int(folder.name.partition("-")[2])))
+        if (folder / _UNTOLD).exists():
+            untold = json.loads((folder / _UNTOLD).read_text(encoding="utf-8"))
+            self._num_summed = untold["steps"]
+            # They are of all ranks; each has to know the names.
+            self._sums.update(untold["sums"] if is_first_rank() else dict.fromkeys(untold["sums"], 0.0))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = optimizer_state(self.model, self._torch_optimizer())
@@ -472,6 +479,11 @@ def _take_up(path: Path, target: Mapping[str, Tensor]) -> None:
         )
     for name, tensor in saved.items():
         copy_whole(target[name], tensor)
+
+
+def _of_all_ranks(sums: Mapping[str, float]) -> dict[str, float]:
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
+    return {name: float(value) for name, value in sum_over_ranks(tensors).items()}
 
 
 def _name(item: Any) -> str:

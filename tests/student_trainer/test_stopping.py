@@ -1,17 +1,45 @@
 """SIGTERM while a stage trains: it costs no step, however many ranks there are and whichever hears it."""
 
+import os
 import signal
 from typing import Any
 
 import pytest
-from tests.student_trainer.test_resume import results
+from tests.student_trainer.test_resume import results, uninterrupted
 from tests.student_trainer.torchrun import run_two_ranks, two_ranks
 
+from logitlake_shared.stopped import RunStopped
 from logitlake_student.checkpoints import newest_checkpoint
+from logitlake_student.losses.distillation import distillation_loss
+from logitlake_student.objectives import distillation as objective_module
 
 # Nine tenths of them are left when the first line of progress is read; no checkpoint is ever due.
-STEPS = 100
+STEPS = 50
 STAGE = {"type": "d2d", "steps": STEPS, "save_every": 1000}
+
+
+def test_a_stop_between_two_lines_of_metrics_changes_neither(
+    student_world: Any, metrics_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the steps before it would have added to the next line is in the checkpoint."""
+    stage = {"type": "d2d", "steps": 8, "log_every": 4, "save_every": 4}
+    calls: list[int] = []
+
+    def asked_in_step_6(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return distillation_loss(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objective_module, "distillation_loss", asked_in_step_6)
+        with pytest.raises(RunStopped, match="SIGTERM"):
+            student_world.train(student_world.train_config(stage))
+    newest = newest_checkpoint(student_world.output / "d2d")
+    assert newest is not None
+    assert newest[0] == 6
+    assert [line["step"] for line in metrics_of(student_world.output / "d2d")] == [4]
+    assert results(student_world.train(student_world.train_config(stage))) == uninterrupted(student_world, stage)
 
 
 @pytest.mark.slow
