@@ -31,10 +31,10 @@ PATIENCE_S = 180.0
 @pytest.fixture(scope="module")
 def head() -> Iterator[dict[str, str]]:
     """The environment that finds the head: `RAY_ADDRESS` of its Jobs API and its token. One for the file."""
-    with socket.socket() as one, socket.socket() as other:
-        for made in (one, other):
+    with socket.socket() as one, socket.socket() as another, socket.socket() as third:
+        for made in (one, another, third):
             made.bind(("127.0.0.1", 0))
-        port, dashboard_port = (made.getsockname()[1] for made in (one, other))
+        port, dashboard_port, agent_port = (made.getsockname()[1] for made in (one, another, third))
     token = secrets.token_hex(32)
     # Ray's sockets must have short names.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
@@ -48,7 +48,8 @@ def head() -> Iterator[dict[str, str]]:
     }
     command = [f"{binaries}/ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
-    command += [f"--temp-dir={folder}"]
+    # The port that agents would take is that of whichever head of the machine came first; one without gets no jobs.
+    command += [f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={folder}"]
     log = Path(folder, "start.log")
     with log.open("w") as said:
         process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
