@@ -33,7 +33,7 @@ from logitlake_shared.errors import ConfigError, JobError
 from logitlake_shared.lake import Lake
 from logitlake_teacher.config import CONFIGS, CaptureConfig, PairsConfig
 
-__all__ = ["Attempt", "RayJobs", "Run", "load_run", "store_run"]
+__all__ = ["STOP_MARGIN_S", "Attempt", "RayJobs", "Run", "load_run", "store_run"]
 
 # The job's driver finds its run by these: the name on its command line, the lake here.
 LAKE_VARIABLE = "LOGITLAKE_JOB_LAKE"
@@ -46,8 +46,8 @@ _REQUEST_S = 30.0
 _NO_AGENT = "No available agent"
 _AGENTS_S = 60.0
 _AGENT_LOOK_S = 1.0
-# After the grace for the units under way: the snapshot and the catalog.
-_STOP_MARGIN_S = 60
+# After the grace for the units under way: the snapshot and the catalog. Then Ray kills.
+STOP_MARGIN_S = 60
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class RayJobs:
             LAKE_VARIABLE: run.config.lake.uri,
             "RAY_USAGE_STATS_ENABLED": "0",
             # Ray kills three seconds after SIGTERM unless it is told otherwise.
-            "RAY_JOB_STOP_WAIT_TIME_S": str(int(run.config.executor.grace_s) + _STOP_MARGIN_S),
+            "RAY_JOB_STOP_WAIT_TIME_S": str(int(run.config.executor.grace_s) + STOP_MARGIN_S),
             **(variables or {}),
         }
         body = {

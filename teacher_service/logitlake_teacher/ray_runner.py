@@ -47,8 +47,12 @@ class RayRunner:
         return Look(not attempt.ended, attempt.code, log)
 
     def stop(self, job: Job, number: int, *, now: bool) -> None:
-        """See `Runner.stop`."""
-        del now  # Ray asks first and kills when the grace is over, in either case
+        """See `Runner.stop`. Also with `now` it is asked first, and killed when its grace is over.
+
+        That is all that the Jobs API knows: how long Ray waits before it kills is settled when a job is submitted, a
+        second call changes nothing, and no other route ends a job.
+        """
+        del now
         self._cluster.stop(_name(job, number))
 
     def log_tail(self, job: Job, number: int, num_bytes: int) -> bytes:
