@@ -47,15 +47,16 @@ def train(config: "TrainConfig", ray_workers: int | None, max_failures: int) -> 
     from logitlake_student.run import plan_run, train_run
 
     tell = click.echo if is_first_rank() else lambda _: None
-    if not all(run.is_done() for run in plan_run(config)):
+    is_done = all(run.is_done() for run in plan_run(config))
+    if not is_done:
         from logitlake_student.sizes import planned_parameters, size_table
 
         tell(size_table(planned_parameters(config)))
-        if ray_workers is not None:
-            _on_ray(config, ray_workers, max_failures)
     say(phase="validating")
     result = {}
     try:
+        if ray_workers is not None and not is_done:
+            _on_ray(config, ray_workers, max_failures)
         for run, figures in train_run(config):
             if figures is None:
                 tell(f"{run.stage.type}: trained already, {run.model}")

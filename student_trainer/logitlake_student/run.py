@@ -127,17 +127,17 @@ def plan_run(config: TrainConfig) -> list[StageRun]:
     return runs
 
 
-def train_run(config: TrainConfig) -> Iterator[tuple[StageRun, dict[str, Any] | None]]:
+def train_run(config: TrainConfig, stop_file: Path | None = None) -> Iterator[tuple[StageRun, dict[str, Any] | None]]:
     """Trains what is left of the stages, in order, each from its newest complete checkpoint. Yields each when it is
     done: with its closing figures, None where it was done already.
 
     Raises `ConfigError` while another process trains into the same output; nobody else can begin until all is done.
-    Raises `RunStopped` when SIGTERM ended it: its last step is in a checkpoint then.
+    Raises `RunStopped` when SIGTERM, or a `stop_file` that came to be, ended it: its last step is in a checkpoint then.
     """
     _check_trackers(config)
     is_done = all(run.is_done() for run in plan_run(config))
     lock = nullcontext() if is_done or not is_first_rank() else output_lock(config.output)
-    with room_explained(config.output), lock, stop_on_sigterm() as stop:
+    with room_explained(config.output), lock, stop_on_sigterm(stop_file) as stop:
         runs = plan_run(config)  # again: another process may have been at work until the lock was free
         steps = StepsTold(runs)
         for run in runs:

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from logitlake_shared.stopped import RunStopped
 from logitlake_student.ranks import world_size
@@ -19,9 +20,20 @@ __all__ = ["StopRequest", "stop_on_sigterm"]
 class StopRequest:
     """Whether the run is to end."""
 
-    def __init__(self) -> None:
-        self.is_made = False
-        """whether it came to this rank"""
+    def __init__(self, file: Path | None) -> None:
+        """`file`: where it is left for processes that hear no signal."""
+        self._file, self._is_heard = file, False
+
+    @property
+    def is_made(self) -> bool:
+        """Whether it came to this rank."""
+        return self._is_heard or (self._file is not None and self._file.exists())
+
+    def make(self) -> None:
+        """Makes it."""
+        self._is_heard = True
+        if self._file is not None:
+            self._file.touch()
 
     def check(self) -> None:
         """Raises `RunStopped` if it came to any rank, on all of them; each has to call it, and waits for the others."""
@@ -34,16 +46,16 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
-    """The request that SIGTERM makes within the block. It never comes outside the main thread, where Python hears no
-    signals."""
-    request = StopRequest()
+def stop_on_sigterm(file: Path | None = None) -> Iterator[StopRequest]:
+    """The request that SIGTERM makes within the block. Outside the main thread, where Python hears no signals, it comes
+    by `file` alone."""
+    request = StopRequest(file)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
     def on_signal(*_: object) -> None:
-        request.is_made = True
+        request.make()
         # A second one ends the process at once. A rank may get several, from its launcher and from whoever asked the
         # launcher; that ends ranks by SIGKILL.
         if world_size() == 1:

@@ -91,12 +91,12 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         identity: dict[str, Any],
         advance: Callable[..., None],
         meter: StepMeter,
-        stop: StopRequest | None = None,
+        stop: StopRequest,
     ) -> None:
         device = config.device
         accumulated = micro_batches(stage, world_size())
         self._stage, self._stage_dir, self._identity, self._meter = stage, stage_dir, identity, meter
-        self._stop = stop or StopRequest()
+        self._stop = stop
         self._step_sums: dict[str, float] = defaultdict(float)
         self._num_summed = self._num_skipped = 0
         self._num_tokens: Tensor | None = None

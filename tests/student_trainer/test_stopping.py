@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tests.student_trainer.test_resume import results, uninterrupted
-from tests.student_trainer.torchrun import run_two_ranks, two_ranks
+from tests.student_trainer.torchrun import TIMEOUT_S, run_two_ranks, two_ranks
 
 from logitlake_shared.stopped import RunStopped
 from logitlake_student.checkpoints import newest_checkpoint
@@ -70,3 +70,24 @@ def test_ranks_end_at_one_step_whichever_heard_it(
     whole = student_world.folder / "whole"
     run_two_ranks(*student_world.command(student_world.file(STAGE, data_parallel=data_parallel, output=str(whole))))
     assert results(folder) == results(whole / "d2d")
+
+
+@pytest.mark.slow
+def test_workers_on_ray_end_when_the_command_is_asked_to(student_world: Any, metrics_of: Any) -> None:
+    """They hear no signal themselves; and are not taken for failed and started again."""
+    folder = student_world.output / "d2d"
+    steps = 10 * STEPS  # Ray passes on what they say about a second later
+    config = student_world.file(STAGE | {"steps": steps})
+    with student_world.start(config, "--ray-workers", "2") as process:
+        try:
+            assert any(f"/{steps} steps" in line for line in process.stderr)
+            process.terminate()
+            _, said = process.communicate(timeout=TIMEOUT_S)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert said.count(f"{student_world.output}: stopped by SIGTERM; run the same command to go on") == 1, said
+    newest = newest_checkpoint(folder)
+    assert newest is not None, said
+    assert newest[0] == metrics_of(folder)[-1]["step"] < steps
+    assert not list(student_world.folder.glob(".run.ray/stop-*"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["TwoRanks", "run_two_ranks", "two_ranks"]
+__all__ = ["TIMEOUT_S", "TwoRanks", "run_two_ranks", "two_ranks"]
 
 # A start, some steps and an end of two processes on a busy machine.
 TIMEOUT_S = 240
