@@ -53,7 +53,7 @@ def test_ranks_end_at_one_step_whichever_heard_it(
     config = student_world.file(STAGE, data_parallel=data_parallel)
     folder = student_world.output / "d2d"
     with two_ranks(*student_world.command(config)) as ranks:
-        ranks.say(f"/{STEPS} steps")
+        ranks.read_until(f"/{STEPS} steps")
         if heard_by == "rank 1":
             ranks.signal_rank(1, signal.SIGTERM)
         else:

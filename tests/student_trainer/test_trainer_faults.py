@@ -319,7 +319,7 @@ def test_a_rank_that_stops_ends_the_others(student_world: Any, metrics_of: Metri
     stage = D2D | {"steps": 100, "save_every": 2}
     config = student_world.file(stage, rank_timeout_s=RANK_TIMEOUT_S)
     with two_ranks(*student_world.command(config)) as ranks:
-        ranks.say("20/100")
+        ranks.read_until("20/100")
         ranks.signal_rank(1, signal.SIGSTOP)
         stopped = time.monotonic()
         code, _ = ranks.end()

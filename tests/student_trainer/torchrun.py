@@ -22,8 +22,8 @@ class TwoRanks:
     def __init__(self, launcher: "subprocess.Popen[str]") -> None:
         self._launcher = launcher
 
-    def say(self, text: str) -> None:
-        """Reads what they say on stderr until a line holds `text`."""
+    def read_until(self, text: str) -> None:
+        """Reads what they say on stderr, until a line holds `text`."""
         assert self._launcher.stderr is not None
         said = []
         for line in self._launcher.stderr:
