@@ -19,9 +19,9 @@ from logitlake_student.api.runs import run_routes
 from logitlake_student.run_files import thinned
 
 ENDED = ("succeeded", "failed", "cancelled", "expired")
-# Steps of a stage that is paused in its middle, of some 20 ms each: ten times what goes by between the first that is
+# Steps of a stage that is paused in its middle, of some 20 ms each: seven times what goes by between the first that is
 # told and the order to pause.
-LONG = 500
+LONG = 300
 STAGES = ({"type": "d2d", "steps": LONG, "save_every": 1000}, {"type": "d2s", "steps": 2})
 
 Training = Callable[..., dict[str, Any]]
