@@ -19,6 +19,7 @@
     │       ├── QueryBusyError            too many questions wait already
     │       └── QueryCrashedError         the process that was to answer it ended
     ├── ScoresError (RuntimeError)        a file of a student's scores
+    ├── RunFilesError (RuntimeError)      a file of a training run
     ├── EngineError (RuntimeError)        a teacher engine
     ├── JobError (RuntimeError)           a job, or the cluster that is to run it
     │   ├── JobStateError                 a job in another state than this needs
@@ -59,6 +60,7 @@ __all__ = [
     "QueryRefusedError",
     "QueryTimeoutError",
     "QueryTooLargeError",
+    "RunFilesError",
     "ScoresError",
     "ServiceError",
     "TrainingError",
@@ -145,6 +147,10 @@ class QueryCrashedError(QueryError):
 
 class ScoresError(LogitLakeError, RuntimeError):
     """A file that is no scores of a student, or whose bytes are not those that were written."""
+
+
+class RunFilesError(LogitLakeError, RuntimeError):
+    """A file of a training run that is not what a trainer writes. The message names it from the run on."""
 
 
 class EngineError(LogitLakeError, RuntimeError):

@@ -223,7 +223,7 @@ def _read(line: dict[str, Any], reading: Reading) -> float:
     """One reading of a line of metrics; NaN where the stage does not take it."""
     try:
         return as_number(line[reading] if isinstance(reading, str) else reading(line))
-    except (KeyError, IndexError, TypeError):
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         return math.nan
 
 

@@ -34,6 +34,7 @@ from logitlake_shared.errors import (
     QueryRefusedError,
     QueryTimeoutError,
     QueryTooLargeError,
+    RunFilesError,
     ScoresError,
 )
 from logitlake_shared.web.tokens import without_tokens
@@ -89,6 +90,7 @@ CODES = {
         Code(
             "scores_corrupt", 500, "A student's scores are damaged", "remove their file, run `logitlake-student score`"
         ),
+        Code("run_corrupt", 500, "A run's files are damaged", "restore what `detail` names, or train the stage again"),
         Code("query_crashed", 502, "The question's process ended", "ask again, or ask for less", retryable=True),
         Code("upstream_failed", 502, "The cluster or engine failed", "look at its own log", retryable=True),
         Code("shutting_down", 503, "The service is ending", "try again soon", retryable=True),
@@ -112,6 +114,7 @@ _OF_ERROR: tuple[tuple[type[LogitLakeError], str], ...] = (
     (NotInLakeError, "not_found"),
     (LakeError, "lake_unusable"),
     (ScoresError, "scores_corrupt"),
+    (RunFilesError, "run_corrupt"),
     (ConfigError, "config_invalid"),
     (DataError, "data_invalid"),
     (JobStateError, "conflict"),

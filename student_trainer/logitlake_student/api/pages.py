@@ -9,7 +9,7 @@ from starlette.responses import FileResponse, HTMLResponse
 from logitlake_shared.web.app import service_of
 from logitlake_shared.web.doors import Asking
 from logitlake_shared.web.html import render
-from logitlake_student.api.runs import RunOf, run_document, runs_of
+from logitlake_student.api.runs import RunOf, listed_run, run_document, runs_of
 from logitlake_student.report_training import StageCurves, expert_charts, training_charts
 from logitlake_student.run_files import find_runs, read_stages, thinned
 
@@ -36,11 +36,7 @@ def _page(request: Request, template: str, **values: Any) -> HTMLResponse:
 def _overview(request: Request, asking: Asking) -> HTMLResponse:
     asking.require("read")
     folder = runs_of(request)
-    runs = [
-        run_document(request, asking, folder / name, read_stages(folder / name))
-        for name in find_runs(folder)
-        if asking.sees(name)
-    ]
+    runs = [listed_run(request, asking, folder / name) for name in find_runs(folder) if asking.sees(name)]
     return _page(request, "runs", runs=runs, problems=service_of(request).problems())
 
 

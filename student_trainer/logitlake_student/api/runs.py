@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from logitlake_shared.errors import RunFilesError
 from logitlake_shared.web.cursors import Cursor, Limit, Page, page_of
 from logitlake_shared.web.doors import Asking, Principal
-from logitlake_shared.web.problems import Problem
+from logitlake_shared.web.problems import Problem, scrubbed
 from logitlake_student.run_files import StageFiles, find_run, find_runs, read_stages, snapshots_of, thinned
 
-__all__ = ["RunDocument", "RunOf", "run_document", "run_routes", "runs_of"]
+__all__ = ["RunDocument", "RunOf", "listed_run", "run_document", "run_routes", "runs_of"]
 
 StageName = Literal["init", "d2d", "d2s", "preference"]
 
@@ -45,6 +46,8 @@ class RunDocument(_Document):
     """of each cache, the snapshot that the run is pinned to"""
     job: str | None = Field(examples=["job_01K0000000000000000000000"])
     """the newest job that trains it"""
+    problem: str | None = Field(default=None, examples=[None])
+    """in lists: which of its files is damaged, and nothing else of it; asked for by its name, it is `run_corrupt`"""
 
 
 class Metrics(_Document):
@@ -100,7 +103,7 @@ def _list_runs(request: Request, asking: Asking, limit: Limit = 50, cursor: Curs
     asking.require("read")
     names = [(name, name) for name in find_runs(runs_of(request)) if asking.sees(name)]
     page = page_of(names, "runs", limit, cursor)
-    runs = [_one_run(request, asking, runs_of(request) / name) for name in page.data]
+    runs = [listed_run(request, asking, runs_of(request) / name) for name in page.data]
     return Page(data=runs, next_cursor=page.next_cursor, has_more=page.has_more)
 
 
@@ -130,15 +133,28 @@ def _checkpoints(run: RunOf) -> list[CheckpointDocument]:
 
 
 def run_document(request: Request, asking: Principal, run: FilePath, stages: Sequence[StageFiles]) -> RunDocument:
-    """A run as its stages say it."""
-    jobs = request.app.state.jobs
-    newest = [] if jobs is None else jobs.store.page(1, asking.sees, subject=run.name)
+    """A run as its stages say it. Raises `RunFilesError`."""
     return RunDocument(
         name=run.name,
         stages=[_stage(files) for files in stages],
         snapshots=snapshots_of(run),
-        job=newest[0].id if newest else None,
+        job=_newest_job(request, asking, run),
     )
+
+
+def listed_run(request: Request, asking: Principal, run: FilePath) -> RunDocument:
+    """A run among others, whom a damaged one is not to hide."""
+    try:
+        return run_document(request, asking, run, read_stages(run))
+    except RunFilesError as error:
+        job = _newest_job(request, asking, run)
+        return RunDocument(name=run.name, stages=[], snapshots={}, job=job, problem=scrubbed(str(error)))
+
+
+def _newest_job(request: Request, asking: Principal, run: FilePath) -> str | None:
+    jobs = request.app.state.jobs
+    newest = [] if jobs is None else jobs.store.page(1, asking.sees, subject=run.name)
+    return newest[0].id if newest else None
 
 
 def _stage(files: StageFiles) -> StageDocument:

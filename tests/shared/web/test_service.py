@@ -53,6 +53,7 @@ def logged() -> Iterator[io.StringIO]:
         ("LakeFormatError", "lake_unusable"),
         ("LakeError", "lake_unusable"),
         ("ScoresError", "scores_corrupt"),
+        ("RunFilesError", "run_corrupt"),
         ("ConfigError", "config_invalid"),
         ("DataError", "data_invalid"),
         ("ImageError", "data_invalid"),

@@ -1,6 +1,7 @@
 """Runs over HTTP: trained as from the command line, stopped and resumed bit for bit, seen by those who may."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,128 @@ def test_every_answer_is_as_declared(student_api: StudentApi) -> None:
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
         answers_as_declared()
+
+
+STARTED = {"identity": {"stage": {"steps": 4}}}
+DEEP = "[" * 100_000
+
+
+def a_stage(runs: Path, run: str = "demo") -> Path:
+    """The folder of a stage that was begun."""
+    stage = runs / run / "d2d"
+    stage.mkdir(parents=True)
+    (stage / "started.json").write_text(json.dumps(STARTED))
+    (stage / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    return stage
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("d2d/started.json", ""),
+        ("d2d/started.json", "[]"),
+        ("d2d/started.json", DEEP),
+        ("d2d/started.json", '{"identity": {"stage": {"steps": "four"}}}'),
+        ("d2d/started.json", '{"identity": null}'),
+        ("d2d/done.json", "nonsense"),
+        ("d2d/done.json", '{"figures": [1]}'),
+        ("d2d/done.json", '{"figures": {"seconds": "\\ud800"}}'),
+        ("d2d/metrics.jsonl", '{"step": 1, "lo\n{"step": 2}\n'),
+        ("d2d/metrics.jsonl", '\n{"step": 2}\n'),
+        ("d2d/metrics.jsonl", "[1]\n"),
+        ("d2d/metrics.jsonl", '{"loss": 1}\n'),
+        ("d2d/metrics.jsonl", '{"step": NaN}\n'),
+        ("d2d/metrics.jsonl", f'{{"step": {"9" * 5000}}}\n'),
+        ("d2d/metrics.jsonl", f'{{"step": {2**64}}}\n'),
+        ("d2d/metrics.jsonl", f'{{"step": 1, "x": {DEEP}}}\n'),
+        ("d2d/metrics.jsonl", '{"step": 1, "\\udc00": 1}\n'),
+        ("d2d/metrics.jsonl", '{"step": 1, "experts": [{"load": []}]}\n'),
+        ("d2d/metrics.jsonl", '{"step": 1, "experts": {"load": 1}}\n'),
+        ("snapshots.json", '{"main": "newest"}'),
+        ("snapshots.json", "[]"),
+    ],
+)
+def test_a_damaged_run_is_its_own_trouble(student_api: StudentApi, tmp_path: Path, name: str, written: str) -> None:
+    """In lists it is there with what is wrong, and hides no other; asked for, it says which file, and not where."""
+    a_stage(tmp_path / "runs", "whole")
+    a_stage(tmp_path / "runs")
+    (tmp_path / "runs" / "demo" / name).write_text(written)
+    client = student_api()
+    damaged, whole = client.get("/v1/runs").raise_for_status().json()["data"]
+    assert f"demo/{name}" in damaged["problem"]
+    assert (damaged["stages"], whole["problem"], whole["stages"][0]["step"]) == ([], None, 1)
+    page = client.get("/").raise_for_status().text
+    assert f"demo/{name}" in page
+    assert "/runs/whole" in page
+    for path in ("/v1/runs/demo", "/runs/demo"):
+        answer = client.get(path)
+        assert answer.status_code == 500
+        assert f"demo/{name}" in answer.text
+        assert str(tmp_path) not in answer.text
+    assert client.get("/v1/runs/demo").json()["code"] == "run_corrupt"
+
+
+def test_a_damaged_run_is_no_trouble_for_whom_it_is_not_there(student_api: StudentApi, tmp_path: Path) -> None:
+    """Nor is it told."""
+    a_stage(tmp_path / "runs", "ours")
+    (a_stage(tmp_path / "runs", "theirs") / "started.json").write_text("nonsense")
+    token = TokenStore(tmp_path / "tokens.sqlite").create("ada", "read", ("ours",))[0]
+    client = student_api(service={"tokens": tmp_path / "tokens.sqlite"})
+    client.headers["Authorization"] = f"Bearer {token}"
+    for path in ("/v1/runs", "/"):
+        assert "theirs" not in client.get(path).raise_for_status().text
+    assert client.get("/v1/runs/theirs").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["started.json", "done.json", "metrics.jsonl", "cached-mass.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("../../theirs/d2d/secret")])
+def test_only_a_plain_file_is_read(
+    student_api: StudentApi, tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    """Nobody waits for a pipe, and no link shows what is another's."""
+    secret = {"identity": {"stage": {"steps": 4711}}, "figures": {"x": 4711}, "samples_by_mass": [4711], "step": 4711}
+    (a_stage(tmp_path / "runs", "theirs") / "secret").write_text(json.dumps(secret) + "\n")
+    path = a_stage(tmp_path / "runs") / name
+    path.unlink(missing_ok=True)
+    make(path)
+    client = student_api()
+    assert "4711" not in client.get("/v1/runs").raise_for_status().text
+    for asked in ("/v1/runs/demo", "/runs/demo", "/v1/runs/demo/metrics", "/v1/runs/demo/checkpoints"):
+        assert "4711" not in client.get(asked).text
+    answer = client.get("/runs/demo")
+    assert answer.status_code == 500
+    assert f"demo/d2d/{name}" in answer.text
+
+
+def test_a_stage_that_is_a_link_is_none(student_api: StudentApi, tmp_path: Path) -> None:
+    """It may lead into a run that is not for whoever asks."""
+    a_stage(tmp_path / "runs", "theirs")
+    a_stage(tmp_path / "runs")
+    (tmp_path / "runs" / "demo" / "d2s").symlink_to("../theirs/d2d")
+    (tmp_path / "runs" / "other").mkdir()
+    (tmp_path / "runs" / "other" / "d2d").symlink_to("../theirs/d2d")
+    client = student_api()
+    assert [stage["name"] for stage in client.get("/v1/runs/demo").json()["stages"]] == ["d2d"]
+    assert client.get("/v1/runs/other").status_code == 404
+
+
+def test_figures_that_are_no_numbers_are_null(student_api: StudentApi, tmp_path: Path) -> None:
+    """Those at the end of a stage too; and a page draws what can be drawn."""
+    stage = a_stage(tmp_path / "runs")
+    (stage / "done.json").write_text('{"figures": {"seconds": NaN, "steps": 4}}')
+    lines = [{"step": 1, "ce": "much"}, {"step": 2, "ce": 10**400}, {"step": 3, "ce": 0.5}, {"step": 4, "ce": [1]}]
+    (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    client = student_api()
+    (shown,) = client.get("/v1/runs/demo").raise_for_status().json()["stages"]
+    assert shown["figures"] == {"seconds": None, "steps": 4}
+    assert client.get("/runs/demo").status_code == 200
+
+
+def test_a_checkpoint_that_leads_elsewhere_has_no_size(student_api: StudentApi, tmp_path: Path) -> None:
+    """Of what is there, nothing is told."""
+    stage = a_stage(tmp_path / "runs")
+    (stage / "checkpoint-3").mkdir()
+    (stage / "checkpoint-3" / "weights").write_bytes(bytes(5))
+    (stage / "checkpoint-4").symlink_to("/etc")
+    saved = student_api().get("/v1/runs/demo/checkpoints").json()
+    assert [(one["step"], one["bytes"]) for one in saved] == [(3, 5), (4, 0)]
